@@ -1,0 +1,169 @@
+"""Every setting of the engine and the server, with its flag, default, unit and limits.
+
+One dataclass per part. A field's metadata is its command-line flag: ``cli.py`` makes the parser
+from it, so that a setting is written down once. Values are checked in ``__post_init__`` and raise
+:class:`ConfigError`, naming the limit and the given value.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from minivllm.errors import ConfigError
+
+BLOCK_SIZE = 16
+"""Tokens of keys and values in one block: small enough to waste little, large enough for a kernel tile."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {unit + "i": 1024**power for power, unit in enumerate("kmgt", start=1)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``"64MB"`` (10^6), ``"2GiB"`` (2^30), ``"1.5G"`` or ``"4096"``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if match is None:
+        raise ConfigError(f"a size is a number and a unit such as 64MB, 2GiB or 4096, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def format_size(num_bytes: int) -> str:
+    """``num_bytes`` for people: ``"1.50 GiB"``."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] | None = None, is_size: bool = False
+) -> Any:  # Any, as dataclasses.field: the annotation beside it is the type
+    """A dataclass field that is also a flag. ``help`` ends up in ``--help``, with its unit."""
+    return field(default=default, metadata={"help": help, "choices": choices, "is_size": is_size})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the engine needs to start. Raises :class:`ConfigError` for impossible values."""
+
+    model: str | None = option(
+        None,
+        "a folder with config.json and safetensors, a .gguf file, or a Hugging Face id such as "
+        "meta-llama/Llama-3.1-8B-Instruct; left out: the embedded SmolLM2-135M-Instruct",
+    )
+    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id (default: main)")
+    load_format: str = option(
+        "auto",
+        "where weights come from; dummy: random ones, from a config.json alone",
+        choices=("auto", "safetensors", "gguf", "dummy"),
+    )
+    device: str = option(
+        "auto", "where the model runs; auto: cuda if there is one", choices=("auto", "cpu", "cuda")
+    )
+    dtype: str = option(
+        "auto",
+        "of weights, activations and KV cache; auto: the checkpoint's on cuda, float32 on cpu",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantization: str = option(
+        "none",
+        "of weights in memory; none: expanded to --dtype (the only choice so far)",
+        choices=("none",),
+    )
+    seed: int | None = option(
+        None, "of the random streams of requests that bring no seed (default: from the system)"
+    )
+    max_model_len: int | None = option(
+        None, "most tokens in a sequence, prompt and answer (default: the model's context, or what fits)"
+    )
+    max_num_seqs: int = option(256, "most sequences that run at once")
+    max_num_batched_tokens: int | None = option(
+        None, "most tokens in one step; longer prompts are chunked (default: 512 on cpu, 4096 on cuda)"
+    )
+    kv_cache_memory: int | None = option(
+        None,
+        "memory for KV blocks, such as 64MB or 2GiB (default: 1GiB on cpu; on cuda what "
+        "--gpu-memory-utilization leaves)",
+        is_size=True,
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "share of the GPU's memory for weights, workspace and KV blocks together"
+    )
+    kv_allocation: str = option(
+        "paged",
+        "paged: 16-token blocks as a sequence grows; contiguous: one run of --max-model-len tokens at admission",
+        choices=("paged", "contiguous"),
+    )
+    scheduler: str = option(
+        "continuous",
+        "continuous: sequences join and leave at every step; sequential: at most --num-parallel run",
+        choices=("continuous", "sequential"),
+    )
+    num_parallel: int = option(1, "sequences that the sequential scheduler runs at once")
+    enable_prefix_caching: bool | None = option(
+        None, "keep finished blocks and reuse them for prompts that begin alike (default: on when paged)"
+    )
+
+    def __post_init__(self) -> None:
+        for name, setting in type(self).__dataclass_fields__.items():
+            choices, value = setting.metadata["choices"], getattr(self, name)
+            if choices is not None and value not in choices:
+                raise ConfigError(f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_parallel"):
+            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("kv_cache_memory", self.kv_cache_memory, 1)
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                "--gpu-memory-utilization must be above 0 and at most 1, "
+                f"got {self.gpu_memory_utilization}"
+            )
+        if self.kv_allocation == "contiguous" and self.enable_prefix_caching:
+            raise ConfigError(
+                "--enable-prefix-caching needs --kv-allocation paged: a contiguous run can't share blocks"
+            )
+
+    @property
+    def use_prefix_cache(self) -> bool:
+        """Whether blocks are kept for prompts that begin alike."""
+        return self.kv_allocation == "paged" and self.enable_prefix_caching is not False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What the HTTP server needs to start. Raises :class:`ConfigError` for impossible values."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    port: int = option(8000, "TCP port to listen on; 0 for any free one")
+    served_model_name: str | None = option(
+        None, "the name clients ask for (default: --model as given)"
+    )
+    chat_template: str | None = option(
+        None, "a file with a Jinja chat template (default: the model's own)"
+    )
+    max_body_size: int = option(8 * 2**20, "largest request body, such as 8MiB", is_size=True)
+    shutdown_timeout: float = option(30.0, "seconds that running requests get to finish after SIGTERM")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
+        _check_at_least("max_body_size", self.max_body_size, 1)
+        _check_at_least("shutdown_timeout", self.shutdown_timeout, 0)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ollama": {"scheduler": "sequential", "kv_allocation": "contiguous"},
+}
+"""``--preset``: defaults for several settings at once; a flag given beside it wins."""
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting: ``max_num_seqs`` → ``--max-num-seqs``."""
+    return "--" + name.replace("_", "-")
+
+
+def _check_at_least(name: str, value: float | None, low: float) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"{flag(name)} must be at least {low}, got {value}")

@@ -1,0 +1,100 @@
+"""Every error a caller can meet, in one tree.
+
+::
+
+    MinivllmError
+    ├── InvalidRequestError  (also a ValueError)   400  the request can't be served as it is
+    │   ├── ContextLengthError                     400  more tokens than the context holds
+    │   ├── ModelNotFoundError                     404  no such model here
+    │   └── BodyTooLargeError                      413  more bytes than --max-body-size
+    ├── EngineDeadError                            500  the engine process is gone
+    ├── RequestFailedError                         500  this request's step raised
+    ├── ShuttingDownError                          503  the server drains
+    └── StartupError         (also a ValueError)    -   can't start: one clear line, exit code 1
+        ├── ConfigError                                 a flag or a combination of flags
+        ├── ModelLoadError                              a model's files
+        └── OutOfMemoryError                            doesn't fit; the message says what would
+
+Bad input is always one of these, never an ``assert`` (``python -O`` strips asserts).
+"""
+
+from __future__ import annotations
+
+
+class MinivllmError(Exception):
+    """Base of everything this package raises on purpose."""
+
+    http_status = 500
+    type = "internal_error"  # OpenAI's error type, in the envelope's "type"
+    code: str | None = None  # OpenAI's error code, in the envelope's "code"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequestError(MinivllmError, ValueError):
+    """A request that can't be served as it is. ``param`` names the field at fault, if one is."""
+
+    http_status = 400
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(InvalidRequestError):
+    """More tokens than the model's context (``--max-model-len``) holds."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The request names a model that this server doesn't serve."""
+
+    http_status = 404
+    code = "model_not_found"
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The request's body has more bytes than ``--max-body-size``."""
+
+    http_status = 413
+    code = "body_too_large"
+
+
+class EngineDeadError(MinivllmError):
+    """The engine process ended; the request can't be finished."""
+
+    code = "engine_dead"
+
+
+class RequestFailedError(MinivllmError):
+    """The engine failed while it computed this request; others go on."""
+
+    code = "request_failed"
+
+
+class ShuttingDownError(MinivllmError):
+    """The server has been told to stop and takes no new requests."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "shutting_down"
+
+
+class StartupError(MinivllmError, ValueError):
+    """The engine can't start as configured. The command line prints the message and exits with 1."""
+
+
+class ConfigError(StartupError):
+    """A flag's value, or a combination of flags, is wrong."""
+
+
+class ModelLoadError(StartupError):
+    """A model's files are missing, malformed, or of a kind that isn't supported."""
+
+
+class OutOfMemoryError(StartupError):
+    """Weights or KV cache don't fit. The message says what to change, and to what."""

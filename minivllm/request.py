@@ -1,0 +1,270 @@
+"""The nouns: what a request asks for, what it is while it runs, and what comes out of it.
+
+Only plain data lives here. The scheduler moves a :class:`Request` between its queues, the block
+manager writes its ``block_table``, and nobody else keeps per-request state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from minivllm.errors import InvalidRequestError
+
+MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
+MAX_N = 128
+
+
+class FinishReason(str, Enum):
+    """Why a request ended."""
+
+    STOP = "stop"  # an end-of-turn token, a stop token id or a stop string
+    LENGTH = "length"  # max_tokens reached, or the context is full
+    ABORT = "abort"  # the client went away, or called abort
+    ERROR = "error"  # the step that computed it raised
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose a request's tokens. Values are checked here, once, and never again.
+
+    Raises :class:`InvalidRequestError` (a ``ValueError``) that names the limit and the given value.
+    """
+
+    n: int = 1
+    """Completions per prompt, each with its own random stream."""
+    max_tokens: int | None = 16
+    """Most tokens to generate; None: as many as the context still holds."""
+    min_tokens: int = 0
+    """End-of-turn tokens, stop ids and stop strings have no effect before this many tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches this. 1 is off."""
+    top_k: int = 0
+    """Keep this many most likely tokens. 0 (or -1) is off."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one. 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divide (if positive) or multiply the logits of tokens in prompt and output. 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtract from the logits of tokens that are in the output."""
+    frequency_penalty: float = 0.0
+    """Subtract from logits once for each time that the token is in the output."""
+    seed: int | None = None
+    """The same seed, prompt and parameters give the same tokens, whatever else runs."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the answer, besides the model's own end-of-turn ids."""
+    ignore_eos: bool = False
+    """Go on past the model's end-of-turn ids."""
+    logprobs: int | None = None
+    """None: no log probabilities. k: that of the sampled token and of the k most likely ones."""
+
+    def __post_init__(self) -> None:
+        # A JSON array arrives as a list: keep the fields hashable and immutable.
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_int("n", self.n, 1, MAX_N)
+        if self.max_tokens is not None:
+            self._check_int("max_tokens", self.max_tokens, 1, None)
+        self._check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        self._check_float("temperature", self.temperature, 0.0, 100.0)
+        self._check_float("top_p", self.top_p, 0.0, 1.0, exclusive_low=True)
+        self._check_int("top_k", self.top_k, -1, None)
+        self._check_float("min_p", self.min_p, 0.0, 1.0)
+        self._check_float("repetition_penalty", self.repetition_penalty, 0.0, 10.0, exclusive_low=True)
+        self._check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        self._check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            self._check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            self._check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            self._refuse("stop", f"at most {MAX_STOP_STRINGS} stop strings", len(self.stop))
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                self._refuse("stop", "non-empty strings", repr(text))
+        for token_id in self.stop_token_ids:
+            self._check_int("stop_token_ids", token_id, 0, None)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken, always."""
+        return self.temperature == 0.0
+
+    @staticmethod
+    def _refuse(param: str, limit: str, given: Any) -> None:
+        raise InvalidRequestError(f"{param} must be {limit}, got {given}", param=param)
+
+    def _check_int(self, param: str, value: Any, low: int | None, high: int | None) -> None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            self._refuse(param, "an integer", repr(value))
+        self._check_range(param, value, low, high)
+
+    def _check_float(
+        self, param: str, value: Any, low: float, high: float, *, exclusive_low: bool = False
+    ) -> None:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            self._refuse(param, "a finite number", repr(value))
+        if exclusive_low and value == low:
+            self._refuse(param, f"greater than {low:g}", value)
+        self._check_range(param, value, low, high)
+
+    def _check_range(self, param: str, value: float, low: float | None, high: float | None) -> None:
+        if low is not None and value < low:
+            self._refuse(param, f"at least {low}", value)
+        if high is not None and value > high:
+            self._refuse(param, f"at most {high}", value)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One sampled token's log probability under the model, before temperature and penalties."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """(token id, log probability) of the most likely tokens, best first; as many as asked for."""
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """A finished request's history. Times are ``time.monotonic()`` seconds; 0 means never."""
+
+    arrival_time: float = 0.0
+    first_scheduled_time: float = 0.0
+    first_token_time: float = 0.0
+    finished_time: float = 0.0
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache when the request was first admitted."""
+    num_preemptions: int = 0
+    """How often it was evicted and computed again."""
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence inside the engine: its tokens, and how far the KV cache has got with them.
+
+    ``num_computed_tokens`` tokens have their keys and values in the cache. The rest of
+    ``token_ids`` still has to go through the model: the whole prompt at first, one token in each
+    decode, everything again after a preemption.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    """Of this request's random stream: ``sampling.seed``, or drawn by the engine."""
+    max_total_tokens: int
+    """Prompt and output together end here."""
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    token_ids: list[int] = field(default_factory=list)
+    """Prompt, then output."""
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    """Block ids, in order. Written by the block manager alone."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hashes of the full blocks of ``token_ids``, as far as they were needed."""
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens in the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that are known but not in the KV cache yet; 1 in steady decode."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEvent:
+    """What one step brought one request. The last one carries ``finish_reason`` and ``metrics``."""
+
+    request_id: str
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    """One for each new token, where the request asked for them."""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    metrics: RequestMetrics | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of the ``n`` completions of a prompt."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    logprobs: list[TokenLogprob] | None
+    metrics: RequestMetrics
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What :class:`minivllm.LLM` returns for one prompt."""
+
+    prompt: str | None
+    """None where the prompt was given as token ids."""
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the edge (server, LLM, chat) must know of a running engine to check a request."""
+
+    model: str
+    """As given to ``--model``."""
+    max_model_len: int
+    vocab_size: int
+
+
+def check_request(prompt_token_ids: list[int], sampling: SamplingParams, info: EngineInfo) -> None:
+    """Refuse what can never be served: called once, at the edge, before a request enters the engine.
+
+    Raises:
+        ContextLengthError: prompt, or prompt and ``max_tokens``, over ``info.max_model_len``.
+        InvalidRequestError: an empty prompt, or token ids outside the vocabulary.
+    """
+    if not prompt_token_ids:
+        raise InvalidRequestError("the prompt must have at least 1 token, got 0", param="prompt")
+    for token_id in prompt_token_ids:
+        if not 0 <= token_id < info.vocab_size:
+            raise InvalidRequestError(
+                f"token ids must be from 0 to {info.vocab_size - 1}, got {token_id}", param="prompt"
+            )
+    for token_id in sampling.stop_token_ids:
+        if token_id >= info.vocab_size:
+            raise InvalidRequestError(
+                f"stop_token_ids must be below {info.vocab_size}, got {token_id}", param="stop_token_ids"
+            )
+    num_prompt, limit = len(prompt_token_ids), info.max_model_len
+    if num_prompt >= limit:
+        raise ContextLengthError(
+            f"this model's context holds {limit} tokens, prompt and answer together, "
+            f"but the prompt alone has {num_prompt}: shorten it to at most {limit - 1}",
+            param="prompt",
+        )
+    if sampling.max_tokens is not None and num_prompt + sampling.max_tokens > limit:
+        raise ContextLengthError(
+            f"this model's context holds {limit} tokens, prompt and answer together, but the prompt has "
+            f"{num_prompt} and max_tokens is {sampling.max_tokens}: set max_tokens to at most {limit - num_prompt}",
+            param="max_tokens",
+        )
