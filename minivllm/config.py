@@ -94,7 +94,8 @@ class EngineConfig:
     )
     kv_allocation: str = option(
         "paged",
-        "paged: 16-token blocks as a sequence grows; contiguous: one run of --max-model-len tokens at admission",
+        "paged: 16-token blocks as a sequence grows; "
+        "contiguous: one run of --max-model-len tokens at admission",
         choices=("paged", "contiguous"),
     )
     scheduler: str = option(
@@ -117,8 +118,7 @@ class EngineConfig:
         _check_at_least("kv_cache_memory", self.kv_cache_memory, 1)
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
-                "--gpu-memory-utilization must be above 0 and at most 1, "
-                f"got {self.gpu_memory_utilization}"
+                f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
             )
         if self.kv_allocation == "contiguous" and self.enable_prefix_caching:
             raise ConfigError(
@@ -137,12 +137,8 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = option(8000, "TCP port to listen on; 0 for any free one")
-    served_model_name: str | None = option(
-        None, "the name clients ask for (default: --model as given)"
-    )
-    chat_template: str | None = option(
-        None, "a file with a Jinja chat template (default: the model's own)"
-    )
+    served_model_name: str | None = option(None, "the name clients ask for (default: --model as given)")
+    chat_template: str | None = option(None, "a file with a Jinja chat template (default: the model's own)")
     max_body_size: int = option(8 * 2**20, "largest request body, such as 8MiB", is_size=True)
     shutdown_timeout: float = option(30.0, "seconds that running requests get to finish after SIGTERM")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from minivllm.errors import InvalidRequestError
+from minivllm.errors import ContextLengthError, InvalidRequestError
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
@@ -236,6 +236,27 @@ class EngineInfo:
     vocab_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A running engine at one moment."""
+
+    num_running: int
+    num_waiting: int
+    num_used_blocks: int
+    num_blocks: int
+    num_preemptions: int
+    """Since start-up."""
+    prefix_cache_queries: int
+    """Tokens looked up in the prefix cache since start-up."""
+    prefix_cache_hits: int
+    """Those that were found there."""
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV blocks that live sequences hold."""
+        return self.num_used_blocks / self.num_blocks
+
+
 def check_request(prompt_token_ids: list[int], sampling: SamplingParams, info: EngineInfo) -> None:
     """Refuse what can never be served: called once, at the edge, before a request enters the engine.
 
@@ -265,6 +286,7 @@ def check_request(prompt_token_ids: list[int], sampling: SamplingParams, info: E
     if sampling.max_tokens is not None and num_prompt + sampling.max_tokens > limit:
         raise ContextLengthError(
             f"this model's context holds {limit} tokens, prompt and answer together, but the prompt has "
-            f"{num_prompt} and max_tokens is {sampling.max_tokens}: set max_tokens to at most {limit - num_prompt}",
+            f"{num_prompt} and max_tokens is {sampling.max_tokens}: "
+            f"set max_tokens to at most {limit - num_prompt}",
             param="max_tokens",
         )

@@ -1,0 +1,124 @@
+"""Every kernel in plain torch, on any device and in any floating dtype. See ``interface.py`` for shapes.
+
+The other backends are tested against this one in float64. It is also what runs where nothing
+faster does, so it works on whole batches: there is no Python loop over tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+
+from minivllm_kernels.interface import BLOCK_SIZE, check_paged_attention
+
+
+class ReferenceBackend:
+    """Plain torch."""
+
+    name = "reference"
+
+    def linear(self, x_TN: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x_TN, weight, bias)
+
+    def rms_norm(
+        self, x_TN: torch.Tensor, weight_N: torch.Tensor, eps: float, residual_TN: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual_TN is not None:
+            x_TN = x_TN + residual_TN
+        wide = x_TN if x_TN.dtype == torch.float64 else x_TN.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return weight_N * normed.to(x_TN.dtype), x_TN
+
+    def rope(
+        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def rotate(x: torch.Tensor) -> torch.Tensor:
+            cos, sin = cos_TD.to(x.dtype)[:, None], sin_TD.to(x.dtype)[:, None]
+            first, second = x.chunk(2, dim=-1)
+            return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+        return rotate(q_THD), rotate(k_TKD)
+
+    def write_kv(
+        self,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        k_cache_PKSD: torch.Tensor,
+        v_cache_PKSD: torch.Tensor,
+        slots_T: torch.Tensor,
+    ) -> None:
+        blocks, offsets = slots_T // BLOCK_SIZE, slots_T % BLOCK_SIZE
+        k_cache_PKSD[blocks, :, offsets] = k_TKD.to(k_cache_PKSD.dtype)
+        v_cache_PKSD[blocks, :, offsets] = v_TKD.to(v_cache_PKSD.dtype)
+
+    def paged_attention(
+        self,
+        q_THD: torch.Tensor,
+        k_cache_PKSD: torch.Tensor,
+        v_cache_PKSD: torch.Tensor,
+        block_tables_BM: torch.Tensor,
+        seq_lens_B: torch.Tensor,
+        query_start_B1: torch.Tensor,
+        *,
+        scale: float,
+        out_THD: torch.Tensor,
+    ) -> None:
+        check_paged_attention(
+            q_THD, k_cache_PKSD, v_cache_PKSD, block_tables_BM, seq_lens_B, query_start_B1, out_THD
+        )
+        # Sequences with equally many queries and about equally many blocks go through together.
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        query_starts = query_start_B1.tolist()
+        for row, seq_len in enumerate(seq_lens_B.tolist()):
+            num_blocks = -(-seq_len // BLOCK_SIZE)
+            padded = min(1 << (num_blocks - 1).bit_length(), block_tables_BM.shape[1])
+            groups[query_starts[row + 1] - query_starts[row], padded].append(row)
+        for (num_queries, num_blocks), rows in groups.items():
+            index = torch.tensor(rows, device=q_THD.device)
+            starts = query_start_B1[index].long()
+            tokens_BQ = starts[:, None] + torch.arange(num_queries, device=q_THD.device)
+            out_THD[tokens_BQ] = _attend(
+                q_THD[tokens_BQ],
+                k_cache_PKSD,
+                v_cache_PKSD,
+                block_tables_BM[index, :num_blocks],
+                seq_lens_B[index].long(),
+                scale,
+            )
+
+    def silu_and_mul(self, gate_up_TI2: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up_TI2.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def _attend(
+    q_BQHD: torch.Tensor,
+    k_cache_PKSD: torch.Tensor,
+    v_cache_PKSD: torch.Tensor,
+    tables_BM: torch.Tensor,
+    seq_lens_B: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of B sequences with Q queries each; M blocks, so L = M × S keys. Returns [B, Q, H, D]."""
+    num_seqs, num_queries, num_heads, head_dim = q_BQHD.shape
+    num_kv_heads = k_cache_PKSD.shape[1]
+    positions_L = torch.arange(tables_BM.shape[1] * BLOCK_SIZE, device=q_BQHD.device)
+    is_past_end_BL = positions_L >= seq_lens_B[:, None]
+
+    def gather(cache_PKSD: torch.Tensor) -> torch.Tensor:
+        blocks_BMKSD = cache_PKSD[tables_BM.long()]
+        keys_BKLD = blocks_BMKSD.transpose(1, 2).reshape(num_seqs, num_kv_heads, -1, head_dim)
+        # What an earlier owner left there may be anything, and 0 × NaN would be NaN.
+        return keys_BKLD.to(q_BQHD.dtype).masked_fill_(is_past_end_BL[:, None, :, None], 0.0)
+
+    # A KV head's group of G query heads becomes G × Q queries of that one head.
+    q_BKGQD = q_BQHD.transpose(1, 2).reshape(num_seqs, num_kv_heads, -1, head_dim)
+    query_positions_BQ = (seq_lens_B - num_queries)[:, None] + torch.arange(num_queries, device=q_BQHD.device)
+    is_visible_BQL = positions_L <= query_positions_BQ[:, :, None]
+    is_visible = is_visible_BQL[:, None].repeat(1, 1, num_heads // num_kv_heads, 1)
+    out = F.scaled_dot_product_attention(
+        q_BKGQD, gather(k_cache_PKSD), gather(v_cache_PKSD), attn_mask=is_visible, scale=scale
+    )
+    return out.reshape(num_seqs, num_heads, num_queries, head_dim).transpose(1, 2)

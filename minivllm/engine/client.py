@@ -1,0 +1,189 @@
+"""The asyncio side of the engine process: start it, send requests, receive events, notice its death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from minivllm.config import EngineConfig
+from minivllm.engine import messages
+from minivllm.errors import EngineDeadError, MinivllmError, RequestFailedError, StartupError
+from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason, SamplingParams
+
+_LONGEST_SOCKET_DIRECTORY = 80  # a Unix socket's path has at most about 100 bytes
+
+
+class EngineClient:
+    """A running engine process. Make one with :meth:`launch`; end it with :meth:`close`.
+
+    Everything here runs on one event loop.
+    """
+
+    info: EngineInfo
+
+    def __init__(self, directory: str, process: asyncio.subprocess.Process) -> None:
+        self._directory = directory
+        self._process = process
+        self._context = zmq.asyncio.Context()
+        self._events = self._context.socket(zmq.PULL)
+        self._events.set_hwm(0)
+        self._events.bind(f"ipc://{directory}/events")
+        # Sending is immediate and never waits, so that an abort can be sent from anywhere.
+        self._requests = zmq.Context(self._context).socket(zmq.PUSH)
+        self._requests.set_hwm(0)
+        self._requests.connect(f"ipc://{directory}/requests")
+        self._queues: dict[str, asyncio.Queue[EngineEvent | MinivllmError]] = {}
+        self._stats: EngineStats
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_closed = False
+
+    @classmethod
+    async def launch(cls, config: EngineConfig) -> EngineClient:
+        """Start an engine process and wait until it can serve.
+
+        Raises:
+            StartupError: it can't; the message is the engine's own.
+        """
+        directory = tempfile.mkdtemp(prefix="minivllm-")  # mode 0700
+        if len(directory) > _LONGEST_SOCKET_DIRECTORY:
+            os.rmdir(directory)
+            directory = tempfile.mkdtemp(prefix="minivllm-", dir="/tmp")
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *(["-" + "O" * sys.flags.optimize] if sys.flags.optimize else []),
+                "-m",
+                "minivllm.engine.process",
+                directory,
+                stdin=asyncio.subprocess.PIPE,
+                # The child finds the packages where this process found them, installed or not.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            )
+        except BaseException:
+            shutil.rmtree(directory)
+            raise
+        client = cls(directory, process)
+        try:
+            await client._start(config)
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine process runs and takes requests."""
+        return not self._is_closed and self._process.returncode is None
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counts after its last step."""
+        return self._stats
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+    ) -> AsyncIterator[EngineEvent]:
+        """Run one request that :func:`minivllm.request.check_request` has let through.
+
+        Yields its events; the last has a ``finish_reason``. Leaving the iterator before that (close
+        it, or be cancelled) aborts the request, and its blocks are free within a step.
+
+        Raises:
+            RequestFailedError: the engine failed while it computed this request.
+            EngineDeadError: the engine process is gone.
+        """
+        if not self.is_alive:
+            raise self._death()
+        queue: asyncio.Queue[EngineEvent | MinivllmError] = asyncio.Queue()
+        self._queues[request_id] = queue
+        self._send(messages.AddRequest(request_id, prompt_token_ids, sampling))
+        is_finished = False
+        try:
+            while not is_finished:
+                event = await queue.get()
+                if isinstance(event, MinivllmError):
+                    is_finished = True
+                    raise event
+                is_finished = event.finish_reason is not None
+                if event.finish_reason is FinishReason.ERROR:
+                    raise RequestFailedError(f"the engine failed on this request: {event.error}")
+                yield event
+        finally:
+            del self._queues[request_id]
+            if not is_finished and self.is_alive:
+                self._send(messages.AbortRequest(request_id))
+
+    async def close(self) -> None:
+        """Stop the engine process, whatever it is doing, and fail what still waits for it."""
+        self._is_closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        await self._process.wait()
+        self._fail_all()
+        self._requests.close(linger=0)
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _start(self, config: EngineConfig) -> None:
+        stdin = self._process.stdin
+        if stdin is None:
+            raise StartupError("the engine process has no standard input")
+        stdin.write(msgspec.json.encode(config) + b"\n")
+        died = asyncio.create_task(self._process.wait())
+        first = asyncio.ensure_future(self._events.recv())
+        await asyncio.wait({died, first}, return_when=asyncio.FIRST_COMPLETED)
+        if not first.done():
+            await asyncio.wait({first}, timeout=1.0)  # its last words may still be on the way
+        died.cancel()
+        if not first.done():
+            first.cancel()
+            raise StartupError(
+                f"the engine process ended with code {self._process.returncode} before it could serve"
+            )
+        message = messages.decode_from_engine(first.result())
+        if not isinstance(message, messages.Ready):
+            raise StartupError(
+                message.message if isinstance(message, messages.StartFailed) else repr(message)
+            )
+        self.info, self._stats = message.info, message.stats
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+
+    async def _receive(self) -> None:
+        while True:
+            message = messages.decode_from_engine(await self._events.recv())
+            if isinstance(message, messages.StepEvents):
+                self._stats = message.stats
+                for event in message.events:
+                    # An aborted request's last events find nobody.
+                    if event.request_id in self._queues:
+                        self._queues[event.request_id].put_nowait(event)
+
+    async def _watch(self) -> None:
+        await self._process.wait()
+        self._fail_all()
+
+    def _fail_all(self) -> None:
+        for queue in self._queues.values():
+            queue.put_nowait(self._death())
+
+    def _death(self) -> EngineDeadError:
+        code = self._process.returncode
+        return EngineDeadError(
+            "the engine has been stopped" if self._is_closed else f"the engine process ended with code {code}"
+        )
+
+    def _send(self, message: messages.ToEngine) -> None:
+        self._requests.send(messages.encode(message), zmq.NOBLOCK)

@@ -1,0 +1,137 @@
+"""The engine: requests in, one step at a time, events out.
+
+``LLM`` runs it in-process; the server runs it in a process of its own (``process.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+
+from minivllm.config import EngineConfig
+from minivllm.engine.block_manager import BlockManager, ContiguousBlockManager, PagedBlockManager
+from minivllm.engine.runner import Runner
+from minivllm.engine.scheduler import ContinuousScheduler, Scheduler, SchedulerLimits, SequentialScheduler
+from minivllm.errors import InvalidRequestError
+from minivllm.request import EngineEvent, EngineInfo, EngineStats, Request, RequestMetrics, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Schedule → execute → update, over one runner.
+
+    Args:
+        config: chooses the block manager and the scheduler; nothing else looks at those two flags.
+        runner: executes steps.
+        info: the limits that :func:`minivllm.request.check_request` has held requests to.
+        num_blocks: of the runner's KV pool.
+        max_num_batched_tokens: most tokens in one step.
+        eos_token_ids: ids that end a turn.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        info: EngineInfo,
+        *,
+        num_blocks: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.info = info
+        self.runner = runner
+        self.block_manager: BlockManager
+        if config.kv_allocation == "paged":
+            self.block_manager = PagedBlockManager(num_blocks, use_prefix_cache=config.use_prefix_cache)
+        else:
+            self.block_manager = ContiguousBlockManager(num_blocks, max_model_len=info.max_model_len)
+        limits = SchedulerLimits(
+            # Every running sequence needs at least one token of a step's budget.
+            max_num_seqs=min(config.max_num_seqs, max_num_batched_tokens),
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_parallel=config.num_parallel,
+            eos_token_ids=eos_token_ids,
+        )
+        schedulers: dict[str, type[Scheduler]] = {
+            "continuous": ContinuousScheduler,
+            "sequential": SequentialScheduler,
+        }
+        self.scheduler = schedulers[config.scheduler](self.block_manager, limits)
+        self._requests: dict[str, Request] = {}
+        self._seeds = random.Random(config.seed)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether :meth:`step` would do anything."""
+        return self.scheduler.has_work
+
+    def add(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams) -> None:
+        """Queue a request that :func:`minivllm.request.check_request` has let through.
+
+        Raises:
+            InvalidRequestError: the id is taken, or the sequence could never fit into the KV pool.
+        """
+        if request_id in self._requests:
+            raise InvalidRequestError(f"request id {request_id!r} is in use by an unfinished request")
+        num_prompt, limit = len(prompt_token_ids), self.info.max_model_len
+        max_tokens = limit if sampling.max_tokens is None else sampling.max_tokens
+        max_total_tokens = min(num_prompt + max_tokens, limit)
+        if not self.block_manager.can_ever_fit(max_total_tokens):
+            raise InvalidRequestError(
+                f"the KV cache has {self.block_manager.num_blocks} blocks, "
+                f"too few for the {max_total_tokens} tokens of this request"
+            )
+        request = Request(
+            request_id,
+            prompt_token_ids,
+            sampling,
+            seed=self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed,
+            max_total_tokens=max_total_tokens,
+            metrics=RequestMetrics(arrival_time=time.monotonic()),
+        )
+        self._requests[request_id] = request
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> EngineEvent | None:
+        """End a request now. None if it has ended already."""
+        request = self._requests.pop(request_id, None)
+        return None if request is None else self.scheduler.abort(request)
+
+    def step(self) -> list[EngineEvent]:
+        """Run one step over all that is scheduled. A step that raises ends its own requests only."""
+        batch = self.scheduler.schedule()
+        if not batch.requests:
+            return []
+        try:
+            sampled = self.runner.execute(batch)
+        except Exception as error:
+            logger.exception("a step over %d requests failed", len(batch.requests))
+            events = self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
+        else:
+            events = self.scheduler.update(batch, sampled)
+        for event in events:
+            if event.finish_reason is not None:
+                del self._requests[event.request_id]
+        return events
+
+    def stats(self) -> EngineStats:
+        """Counts at this moment."""
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_used_blocks=self.block_manager.num_used_blocks,
+            num_blocks=self.block_manager.num_blocks,
+            num_preemptions=self.scheduler.num_preemptions,
+            prefix_cache_queries=self.block_manager.num_queried_tokens,
+            prefix_cache_hits=self.block_manager.num_hit_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every block and every request is accounted for."""
+        self.scheduler.check_integrity()
+        known = {*self.scheduler.running, *self.scheduler.waiting}
+        if set(self._requests.values()) != known:
+            raise AssertionError("the engine and its scheduler disagree about the requests")

@@ -1,0 +1,97 @@
+"""The engine in a process of its own, with its own interpreter lock: what runs in the child.
+
+``client.py`` starts it as ``python -m minivllm.engine.process DIR`` and writes the configuration,
+one line of JSON, to its standard input. That pipe then stays open as a lifeline: when the parent
+dies, however it dies, the pipe closes and the engine ends. Messages travel over two ``ipc://``
+sockets in DIR, which only this user can enter.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from minivllm.config import EngineConfig
+from minivllm.engine import messages
+from minivllm.errors import InvalidRequestError, StartupError
+from minivllm.request import EngineEvent, FinishReason
+from minivllm.terminal import configure_logging
+
+if TYPE_CHECKING:
+    from minivllm.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+def main(directory: str) -> int:
+    """Build an engine and serve it until the parent goes. Returns the exit code."""
+    # The terminal's Ctrl-C and a supervisor's SIGTERM reach the whole group, but the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    configure_logging()
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    context = zmq.Context()
+    requests = context.socket(zmq.PULL)
+    requests.bind(f"ipc://{directory}/requests")
+    events = context.socket(zmq.PUSH)
+    events.set_hwm(0)  # a client that is slow for a moment must not stop the engine
+    events.connect(f"ipc://{directory}/events")
+    try:
+        engine = _build(config)
+    except StartupError as error:
+        events.send(messages.encode(messages.StartFailed(str(error))))
+        return 1
+    except Exception as error:
+        logger.exception("the engine can't start")
+        events.send(messages.encode(messages.StartFailed(f"{type(error).__name__}: {error}")))
+        return 1
+    events.send(messages.encode(messages.Ready(engine.info, engine.stats())))
+    serve(engine, requests, events)
+    context.destroy(linger=0)
+    return 0
+
+
+def _build(config: EngineConfig) -> Engine:
+    start = time.monotonic()
+    from minivllm.engine.startup import build_engine
+
+    logger.info("torch imported: %.2f s", time.monotonic() - start)
+    return build_engine(config)
+
+
+def serve(engine: Engine, requests: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
+    """Take messages and step until standard input closes. Sleeps, using no CPU, while there is no work."""
+    lifeline = sys.stdin.fileno()
+    poller = zmq.Poller()
+    poller.register(requests, zmq.POLLIN)
+    poller.register(lifeline, zmq.POLLIN)
+    while True:
+        ready = dict(poller.poll(0 if engine.has_work else None))
+        if lifeline in ready:
+            return
+        out: list[EngineEvent] = []
+        while requests.poll(0):
+            out += _handle(engine, messages.decode_to_engine(requests.recv()))
+        out += engine.step()
+        events.send(messages.encode(messages.StepEvents(out, engine.stats())))
+
+
+def _handle(engine: Engine, message: messages.ToEngine) -> list[EngineEvent]:
+    if isinstance(message, messages.AbortRequest):
+        event = engine.abort(message.request_id)
+        return [] if event is None else [event]
+    try:
+        engine.add(message.request_id, message.prompt_token_ids, message.sampling)
+    except InvalidRequestError as error:
+        return [EngineEvent(message.request_id, [], finish_reason=FinishReason.ERROR, error=str(error))]
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,236 @@
+"""Who runs in the next step, and with how many tokens.
+
+A step is a list of (request, number of new tokens). Prefill chunks and decodes mix freely inside
+one token budget (Agrawal et al. 2023, "Sarathi": chunked prefill), decodes first, so that a long
+prompt never stalls the others. When blocks run out, the most recently admitted sequence is evicted
+and computed again later (Kwon et al. 2023, section 4.5: recomputation).
+
+Admission is first come, first served. To try another policy, subclass :class:`Scheduler` and
+override :meth:`~Scheduler.may_admit`, or :meth:`~Scheduler.schedule` as a whole.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass
+
+from minivllm.engine.block_manager import BlockManager
+from minivllm.request import EngineEvent, FinishReason, Request, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """``num_tokens`` uncomputed tokens of one request go through the model in this step."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether these are the last known tokens, so that the next one is sampled."""
+        return self.num_tokens == self.request.num_uncomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """One step: who runs, and how many tokens each."""
+
+    requests: list[ScheduledRequest]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole step."""
+        return sum(item.num_tokens for item in self.requests)
+
+    def sampled_requests(self) -> list[Request]:
+        """The requests that get a token in this step, in batch order."""
+        return [item.request for item in self.requests if item.is_sampled]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What the runner chose for one request."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What bounds a step, and a request."""
+
+    max_num_seqs: int
+    """Most sequences that run at once."""
+    max_num_batched_tokens: int
+    """Most tokens in one step."""
+    num_parallel: int = 1
+    """Most sequences that the sequential scheduler runs at once."""
+    eos_token_ids: frozenset[int] = frozenset()
+    """Ids that end a request, unless it has ``ignore_eos``."""
+
+
+class Scheduler(ABC):
+    """The queues, and the life of a request in them: waiting → running (→ waiting)* → finished."""
+
+    def __init__(self, block_manager: BlockManager, limits: SchedulerLimits) -> None:
+        self.block_manager = block_manager
+        self.limits = limits
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
+        self.num_preemptions = 0
+
+    @abstractmethod
+    def may_admit(self) -> bool:
+        """Whether one more sequence may run, as far as the policy goes; blocks are checked besides."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Put a new request at the end of the queue."""
+        self.waiting.append(request)
+
+    def abort(self, request: Request) -> EngineEvent:
+        """End a waiting or running request now; its blocks are free when this returns."""
+        if request in self.running:
+            self.running.remove(request)
+            self.block_manager.free(request)
+        else:
+            self.waiting.remove(request)
+        return self._finish_event(request, [], FinishReason.ABORT)
+
+    def schedule(self) -> ScheduledBatch:
+        """Choose the next step's work and allocate its blocks. Empty only if there is no work."""
+        budget = self.limits.max_num_batched_tokens
+        scheduled: dict[Request, int] = {}
+
+        # Decodes first; among equals, in order of admission (sort is stable).
+        for request in sorted(self.running, key=lambda request: request.num_uncomputed_tokens > 1):
+            if budget == 0:
+                break
+            if not request.block_table:
+                continue  # evicted a moment ago, by another in this loop
+            num_tokens = min(request.num_uncomputed_tokens, budget)
+            while not self.block_manager.grow(request, num_tokens):
+                victim = self.running.pop()
+                budget += scheduled.pop(victim, 0)
+                self._preempt(victim)
+                if victim is request:
+                    break
+            else:
+                scheduled[request] = num_tokens
+                budget -= num_tokens
+
+        while self.waiting and budget > 0 and self.may_admit():
+            # A block stays free for each running sequence: admitting into the last ones would only
+            # evict somebody within the next steps, and its prefill would be for nothing.
+            request = self.waiting[0]
+            if not self.block_manager.admit(request, headroom=len(self.running)):
+                break
+            self.waiting.popleft()
+            self.running.append(request)
+            if request.metrics.first_scheduled_time == 0.0:
+                request.metrics.first_scheduled_time = time.monotonic()
+                request.metrics.num_cached_tokens = request.num_computed_tokens
+            scheduled[request] = min(request.num_uncomputed_tokens, budget)
+            budget -= scheduled[request]
+
+        return ScheduledBatch([ScheduledRequest(request, n) for request, n in scheduled.items()])
+
+    def update(self, batch: ScheduledBatch, sampled: list[SampledToken | None]) -> list[EngineEvent]:
+        """Append what the step sampled, and free what it finished.
+
+        Args:
+            batch: what :meth:`schedule` returned.
+            sampled: one for each request of the batch; None where its prompt isn't through yet.
+
+        Returns:
+            One event for each request that got a token.
+        """
+        events = []
+        for item, token in zip(batch.requests, sampled, strict=True):
+            request = item.request
+            request.num_computed_tokens += item.num_tokens
+            self.block_manager.commit(request)
+            if token is None:
+                continue
+            request.token_ids.append(token.token_id)
+            if request.metrics.first_token_time == 0.0:
+                request.metrics.first_token_time = time.monotonic()
+            logprobs = None if token.logprob is None else [token.logprob]
+            reason = self._finish_reason(request)
+            if reason is None:
+                events.append(EngineEvent(request.request_id, [token.token_id], logprobs))
+            else:
+                self.running.remove(request)
+                self.block_manager.free(request)
+                events.append(self._finish_event(request, [token.token_id], reason, logprobs=logprobs))
+        return events
+
+    def fail(self, batch: ScheduledBatch, error: str) -> list[EngineEvent]:
+        """End the requests of a step that raised; nobody else is touched."""
+        for item in batch.requests:
+            self.running.remove(item.request)
+            self.block_manager.free(item.request)
+        return [
+            self._finish_event(item.request, [], FinishReason.ERROR, error=error) for item in batch.requests
+        ]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless queues and block manager agree on who runs."""
+        self.block_manager.check_integrity()
+        consistent = (
+            not set(self.running) & set(self.waiting)
+            and all(request.block_table for request in self.running)
+            and not any(request.block_table for request in self.waiting)
+            and (self.running or self.block_manager.num_used_blocks == 0)
+        )
+        if not consistent:
+            raise AssertionError("queues and block tables disagree")
+
+    def _preempt(self, victim: Request) -> None:
+        self.block_manager.free(victim)
+        victim.metrics.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(victim)
+
+    def _finish_reason(self, request: Request) -> FinishReason | None:
+        params, token_id = request.sampling, request.token_ids[-1]
+        if request.num_output_tokens > params.min_tokens:  # the sampler masks them before that
+            if token_id in params.stop_token_ids:
+                return FinishReason.STOP
+            if token_id in self.limits.eos_token_ids and not params.ignore_eos:
+                return FinishReason.STOP
+        if len(request.token_ids) >= request.max_total_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    @staticmethod
+    def _finish_event(
+        request: Request,
+        new_token_ids: list[int],
+        reason: FinishReason,
+        *,
+        logprobs: list[TokenLogprob] | None = None,
+        error: str | None = None,
+    ) -> EngineEvent:
+        request.metrics.finished_time = time.monotonic()
+        return EngineEvent(request.request_id, new_token_ids, logprobs, reason, error, request.metrics)
+
+
+class ContinuousScheduler(Scheduler):
+    """Continuous batching (Yu et al. 2022, "Orca"): sequences join and leave at every step."""
+
+    def may_admit(self) -> bool:
+        return len(self.running) < self.limits.max_num_seqs
+
+
+class SequentialScheduler(Scheduler):
+    """The Ollama-style baseline: at most ``num_parallel`` sequences run; the next waits until one ends."""
+
+    def may_admit(self) -> bool:
+        return len(self.running) < min(self.limits.num_parallel, self.limits.max_num_seqs)
