@@ -7,7 +7,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-OPENAI_2 ?= openai==2.54.0
+# The previous major version of the client that the server is tested with, and what only that one needs.
+OPENAI_2 = openai==2.54.0 distro==1.9.0
 ARGS ?=
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 
@@ -41,5 +42,5 @@ lint: .venv/installed-test
 
 .venv/installed-test: .venv/installed requirements-test.lock
 	$(PIP) install --no-deps -r requirements-test.lock
-	$(PIP) install --no-deps --upgrade --target .venv/openai-2 "$(OPENAI_2)"
+	$(PIP) install --no-deps --upgrade --target .venv/openai-2 $(OPENAI_2)
 	@touch $@

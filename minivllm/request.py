@@ -6,8 +6,9 @@ manager writes its ``block_table``, and nobody else keeps per-request state.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -96,6 +97,17 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken, always."""
         return self.temperature == 0.0
+
+    def for_sample(self, index: int) -> SamplingParams:
+        """The parameters of one of the ``n`` completions: samples differ, and repeat when the seed does.
+
+        The seed is hashed, not added: the samples of seed 1 must not turn up among those of seed 2.
+        """
+        seed = self.seed
+        if seed is not None and index > 0:
+            digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
+            seed = int.from_bytes(digest[:8], "big", signed=True)
+        return replace(self, n=1, seed=seed)
 
     @staticmethod
     def _refuse(param: str, limit: str, given: Any) -> None:

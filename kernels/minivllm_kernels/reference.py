@@ -104,18 +104,27 @@ def _attend(
     """Attention of B sequences with Q queries each; M blocks, so L = M × S keys. Returns [B, Q, H, D]."""
     num_seqs, num_queries, num_heads, head_dim = q_BQHD.shape
     num_kv_heads = k_cache_PKSD.shape[1]
-    positions_L = torch.arange(tables_BM.shape[1] * BLOCK_SIZE, device=q_BQHD.device)
-    is_past_end_BL = positions_L >= seq_lens_B[:, None]
+    device = q_BQHD.device
+    num_blocks_B = (seq_lens_B + BLOCK_SIZE - 1) // BLOCK_SIZE
+    # Past a sequence's end its first block stands in: it is full, so it holds nothing but numbers.
+    is_own_BM = torch.arange(tables_BM.shape[1], device=device) < num_blocks_B[:, None]
+    tables_BM = torch.where(is_own_BM, tables_BM, tables_BM[:, :1]).long()
+    runs_BKM = tables_BM[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=device)[:, None]
+    # The last block's unused slots: an earlier owner may have left anything there, and 0 × NaN is NaN.
+    positions_BS = (num_blocks_B[:, None] - 1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=device)
+    unused_B, unused_S = (positions_BS >= seq_lens_B[:, None]).nonzero(as_tuple=True)
+    unused_L = positions_BS[unused_B, unused_S]
 
     def gather(cache_PKSD: torch.Tensor) -> torch.Tensor:
-        blocks_BMKSD = cache_PKSD[tables_BM.long()]
-        keys_BKLD = blocks_BMKSD.transpose(1, 2).reshape(num_seqs, num_kv_heads, -1, head_dim)
-        # What an earlier owner left there may be anything, and 0 × NaN would be NaN.
-        return keys_BKLD.to(q_BQHD.dtype).masked_fill_(is_past_end_BL[:, None, :, None], 0.0)
+        runs = cache_PKSD.view(-1, BLOCK_SIZE * head_dim).index_select(0, runs_BKM.flatten())
+        keys_BKLD = runs.view(num_seqs, num_kv_heads, -1, head_dim).to(q_BQHD.dtype)
+        keys_BKLD[unused_B, :, unused_L] = 0.0
+        return keys_BKLD
 
     # A KV head's group of G query heads becomes G × Q queries of that one head.
     q_BKGQD = q_BQHD.transpose(1, 2).reshape(num_seqs, num_kv_heads, -1, head_dim)
-    query_positions_BQ = (seq_lens_B - num_queries)[:, None] + torch.arange(num_queries, device=q_BQHD.device)
+    query_positions_BQ = (seq_lens_B - num_queries)[:, None] + torch.arange(num_queries, device=device)
+    positions_L = torch.arange(tables_BM.shape[1] * BLOCK_SIZE, device=device)
     is_visible_BQL = positions_L <= query_positions_BQ[:, :, None]
     is_visible = is_visible_BQL[:, None].repeat(1, 1, num_heads // num_kv_heads, 1)
     out = F.scaled_dot_product_attention(

@@ -45,7 +45,7 @@ class BlockUsage:
 
 
 class BlockManager(ABC):
-    """Hands out the pool's blocks. The only writer of ``request.block_table``.
+    """Hands out the pool's blocks. The only writer of ``block_table`` and ``num_computed_tokens``.
 
     A live request is one that was admitted and not freed since.
     """
@@ -90,8 +90,9 @@ class BlockManager(ABC):
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` tokens after the computed ones; if there is none, change nothing."""
 
-    def commit(self, request: Request) -> None:  # noqa: B027 - nothing to note without a prefix cache
-        """Note that the first ``request.num_computed_tokens`` tokens are in the cache now."""
+    def commit(self, request: Request, num_tokens: int) -> None:
+        """Note that the keys and values of the next ``num_tokens`` tokens are in the cache now."""
+        request.num_computed_tokens += num_tokens
 
     @abstractmethod
     def free(self, request: Request) -> None:
@@ -173,19 +174,18 @@ class PagedBlockManager(BlockManager):
         request.block_table.extend(self._allocate() for _ in range(num_new))
         return True
 
-    def commit(self, request: Request) -> None:
+    def commit(self, request: Request, num_tokens: int) -> None:
+        first_new = request.num_computed_tokens // BLOCK_SIZE
+        super().commit(request, num_tokens)
         if not self.use_prefix_cache:
             return
-        num_full = request.num_computed_tokens // BLOCK_SIZE
-        for index in range(num_full - 1, -1, -1):
-            block = request.block_table[index]
-            if block in self._key_of:
-                break  # keys are given in order: all before this one have theirs
+        for index in range(first_new, request.num_computed_tokens // BLOCK_SIZE):
             key = self._key(request, index)
-            if key in self._block_of:
-                break  # another request computed the same prefix first; this copy stays private
-            self._key_of[block] = key
-            self._block_of[key] = block
+            # Where another request has computed the same prefix before, this copy stays private.
+            if key not in self._block_of:
+                block = request.block_table[index]
+                self._key_of[block] = key
+                self._block_of[key] = block
 
     def free(self, request: Request) -> None:
         # Last block first: when space is needed, a prefix's tail goes before its head.

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import msgspec
 import zmq
@@ -23,7 +23,7 @@ _LONGEST_SOCKET_DIRECTORY = 80  # a Unix socket's path has at most about 100 byt
 
 
 class EngineClient:
-    """A running engine process. Make one with :meth:`launch`; end it with :meth:`close`.
+    """A running engine process: :meth:`spawn` it, :meth:`start` it, and always :meth:`close` it.
 
     Everything here runs on one event loop.
     """
@@ -42,17 +42,15 @@ class EngineClient:
         self._requests.set_hwm(0)
         self._requests.connect(f"ipc://{directory}/requests")
         self._queues: dict[str, asyncio.Queue[EngineEvent | MinivllmError]] = {}
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
         self._stats: EngineStats
         self._tasks: list[asyncio.Task[None]] = []
         self._is_closed = False
 
     @classmethod
-    async def launch(cls, config: EngineConfig) -> EngineClient:
-        """Start an engine process and wait until it can serve.
-
-        Raises:
-            StartupError: it can't; the message is the engine's own.
-        """
+    async def spawn(cls) -> EngineClient:
+        """Start an engine process. It imports torch at once, and waits for :meth:`start`."""
         directory = tempfile.mkdtemp(prefix="minivllm-")  # mode 0700
         if len(directory) > _LONGEST_SOCKET_DIRECTORY:
             os.rmdir(directory)
@@ -71,18 +69,51 @@ class EngineClient:
         except BaseException:
             shutil.rmtree(directory)
             raise
-        client = cls(directory, process)
+        return cls(directory, process)
+
+    async def start(self, config: EngineConfig) -> None:
+        """Have the process load a model, and wait until it can serve.
+
+        Raises:
+            StartupError: it can't; the message is the engine's own.
+        """
+        stdin = self._process.stdin
+        if stdin is None:
+            raise StartupError("the engine process has no standard input")
+        stdin.write(msgspec.json.encode(config) + b"\n")
+        died = asyncio.create_task(self._process.wait())
+        first = asyncio.ensure_future(self._events.recv())
         try:
-            await client._start(config)
-        except BaseException:
-            await client.close()
-            raise
-        return client
+            await asyncio.wait({died, first}, return_when=asyncio.FIRST_COMPLETED)
+            if not first.done():
+                await asyncio.wait({first}, timeout=1.0)  # its last words may still be on the way
+            if not first.done():
+                raise StartupError(
+                    f"the engine process ended with code {self._process.returncode} before it could serve"
+                )
+        finally:
+            died.cancel()
+            first.cancel()
+        message = messages.decode_from_engine(first.result())
+        if isinstance(message, messages.StartFailed):
+            raise StartupError(message.message)
+        if isinstance(message, messages.Ready):
+            self.info, self._stats = message.info, message.stats
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 
     @property
     def is_alive(self) -> bool:
         """Whether the engine process runs and takes requests."""
         return not self._is_closed and self._process.returncode is None
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._queues)
+
+    async def wait_until_idle(self) -> None:
+        """Return when no request is left."""
+        await self._is_idle.wait()
 
     @property
     def stats(self) -> EngineStats:
@@ -91,7 +122,7 @@ class EngineClient:
 
     async def generate(
         self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
-    ) -> AsyncIterator[EngineEvent]:
+    ) -> AsyncGenerator[EngineEvent, None]:
         """Run one request that :func:`minivllm.request.check_request` has let through.
 
         Yields its events; the last has a ``finish_reason``. Leaving the iterator before that (close
@@ -105,6 +136,7 @@ class EngineClient:
             raise self._death()
         queue: asyncio.Queue[EngineEvent | MinivllmError] = asyncio.Queue()
         self._queues[request_id] = queue
+        self._is_idle.clear()
         self._send(messages.AddRequest(request_id, prompt_token_ids, sampling))
         is_finished = False
         try:
@@ -119,6 +151,8 @@ class EngineClient:
                 yield event
         finally:
             del self._queues[request_id]
+            if not self._queues:
+                self._is_idle.set()
             if not is_finished and self.is_alive:
                 self._send(messages.AbortRequest(request_id))
 
@@ -136,30 +170,6 @@ class EngineClient:
         self._requests.close(linger=0)
         self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
-
-    async def _start(self, config: EngineConfig) -> None:
-        stdin = self._process.stdin
-        if stdin is None:
-            raise StartupError("the engine process has no standard input")
-        stdin.write(msgspec.json.encode(config) + b"\n")
-        died = asyncio.create_task(self._process.wait())
-        first = asyncio.ensure_future(self._events.recv())
-        await asyncio.wait({died, first}, return_when=asyncio.FIRST_COMPLETED)
-        if not first.done():
-            await asyncio.wait({first}, timeout=1.0)  # its last words may still be on the way
-        died.cancel()
-        if not first.done():
-            first.cancel()
-            raise StartupError(
-                f"the engine process ended with code {self._process.returncode} before it could serve"
-            )
-        message = messages.decode_from_engine(first.result())
-        if not isinstance(message, messages.Ready):
-            raise StartupError(
-                message.message if isinstance(message, messages.StartFailed) else repr(message)
-            )
-        self.info, self._stats = message.info, message.stats
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 
     async def _receive(self) -> None:
         while True:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
 
-from minivllm.config import BLOCK_SIZE, EngineConfig, format_size
+from minivllm.config import BLOCK_SIZE, EngineConfig, flag, format_size
 from minivllm.engine.block_manager import blocks_for
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.models.config import ModelConfig
@@ -69,7 +71,7 @@ def plan_memory(
     """Decide the number of KV blocks and the longest sequence.
 
     Args:
-        weights: bytes that the loaded weights take; on CUDA they are allocated already.
+        weights: bytes of the loaded weights; they are allocated already.
         max_num_batched_tokens: of one step; sets the workspace.
 
     Raises:
@@ -77,11 +79,44 @@ def plan_memory(
             machine can't hold the pool; says which flag would have to change to what.
         ConfigError: ``--max-model-len`` is more than the model was made for.
     """
+    if config.max_model_len is not None and config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len must be at most {model.max_position_embeddings}, the context this model was "
+            f"made for, got {config.max_model_len}"
+        )
     per_block = block_bytes(model, dtype)
     workspace = _workspace(model, dtype, max_num_batched_tokens, config.max_num_seqs)
-    available = _available(device, config.gpu_memory_utilization)
-    # On CUDA the weights are counted as used by the driver already; on the CPU likewise by the system.
-    left = available - workspace
+    free, total = _device_memory(device)
+    if device.type == "cuda":
+        free -= int((1.0 - config.gpu_memory_utilization) * total)
+    left = max(free - workspace, 0)
+    num_tokens = config.max_model_len or BLOCK_SIZE
+    needed = blocks_for(num_tokens) * per_block
+    if left < needed:
+        changes: list[dict[str, float]] = []  # each makes it fit by itself
+        if left >= per_block:
+            changes.append({"max_model_len": left // per_block * BLOCK_SIZE})
+        step_tokens = bisect_right(
+            range(1, max_num_batched_tokens),
+            free - needed,
+            key=lambda tokens: _workspace(model, dtype, tokens, config.max_num_seqs),
+        )
+        if step_tokens:
+            changes.append({"max_num_batched_tokens": step_tokens})
+        missing = workspace + needed - free
+        share = math.ceil((config.gpu_memory_utilization + missing / total) * 1000) / 1000
+        if device.type == "cuda" and share <= 1.0:
+            changes.append({"gpu_memory_utilization": share})
+        if config.kv_cache_memory is not None or (device.type != "cuda" and needed > _DEFAULT_CPU_KV_MEMORY):
+            for change in changes:
+                is_shorter = "max_model_len" in change
+                change["kv_cache_memory"] = left // per_block * per_block if is_shorter else needed
+        raise OutOfMemoryError(
+            f"{device} has {format_size(max(free, 0))} left beside the weights ({format_size(weights)}), too "
+            f"little for a step's workspace ({format_size(workspace)}) and the KV cache of one sequence of "
+            f"{num_tokens} tokens ({format_size(needed)}): {_advise(changes)}"
+        )
+
     if config.kv_cache_memory is not None:
         kv_memory = config.kv_cache_memory
     elif device.type == "cuda":
@@ -89,14 +124,20 @@ def plan_memory(
     else:
         kv_memory = min(_DEFAULT_CPU_KV_MEMORY, left)
     if kv_memory > left:
-        most = max(left, 0)
         raise OutOfMemoryError(
-            f"the KV cache of {format_size(kv_memory)} doesn't fit: beside weights ({format_size(weights)}) "
-            f"and workspace ({format_size(workspace)}) {device} has {format_size(most)} left; "
-            f"set --kv-cache-memory to at most {most}"
+            f"--kv-cache-memory {kv_memory} ({format_size(kv_memory)}) doesn't fit: beside weights "
+            f"({format_size(weights)}) and workspace ({format_size(workspace)}) {device} has "
+            f"{format_size(left)} left; {_advise([{'kv_cache_memory': left // per_block * per_block}])}"
         )
-    num_blocks = kv_memory // per_block if kv_memory > 0 else 0
-    max_model_len = _max_model_len(config, model, num_blocks, per_block)
+    num_blocks = kv_memory // per_block
+    fitting = num_blocks * BLOCK_SIZE
+    if kv_memory < needed:
+        changes = [{"max_model_len": fitting}] if fitting else []
+        changes.append({"kv_cache_memory": needed})
+        raise OutOfMemoryError(
+            f"the KV cache of {format_size(kv_memory)} holds {fitting} tokens, fewer than one sequence of "
+            f"{num_tokens}: {_advise(changes)}"
+        )
     return MemoryLedger(
         device=str(device),
         weights=weights,
@@ -104,30 +145,17 @@ def plan_memory(
         block_bytes=per_block,
         workspace=workspace,
         free=left - num_blocks * per_block,
-        max_model_len=max_model_len,
+        max_model_len=config.max_model_len or min(model.max_position_embeddings, fitting),
     )
 
 
-def _max_model_len(config: EngineConfig, model: ModelConfig, num_blocks: int, per_block: int) -> int:
-    fitting = num_blocks * BLOCK_SIZE
-    if config.max_model_len is None:
-        if fitting == 0:
-            raise OutOfMemoryError(
-                f"the KV cache has no room for a single block: set --kv-cache-memory to at least {per_block}"
-            )
-        return min(model.max_position_embeddings, fitting)
-    if config.max_model_len > model.max_position_embeddings:
-        raise ConfigError(
-            f"--max-model-len must be at most {model.max_position_embeddings}, the context this model was "
-            f"made for, got {config.max_model_len}"
-        )
-    if config.max_model_len > fitting:
-        raise OutOfMemoryError(
-            f"the KV cache holds {fitting} tokens, fewer than one sequence of --max-model-len "
-            f"{config.max_model_len}: lower --max-model-len to {fitting}, or raise --kv-cache-memory to "
-            f"{blocks_for(config.max_model_len) * per_block}"
-        )
-    return config.max_model_len
+def _advise(changes: list[dict[str, float]]) -> str:
+    """``set --this to 1 and --that to 2, or --other to 3``, for alternative changes of settings."""
+    if not changes:
+        return "it takes a larger machine, or a smaller model"
+    return "set " + ", or ".join(
+        " and ".join(f"{flag(name)} to {value}" for name, value in change.items()) for change in changes
+    )
 
 
 def _workspace(model: ModelConfig, dtype: torch.dtype, num_tokens: int, num_seqs: int) -> int:
@@ -136,14 +164,16 @@ def _workspace(model: ModelConfig, dtype: torch.dtype, num_tokens: int, num_seqs
     return num_tokens * width * dtype.itemsize + min(num_seqs, num_tokens) * model.vocab_size * 16
 
 
-def _available(device: torch.device, utilization: float) -> int:
+def _device_memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes; the weights are not free any more."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return int(free - (1.0 - utilization) * total)
+        return torch.cuda.mem_get_info(device)
     try:
-        # Free memory and what the system would give up for it: the page cache holds no one back.
         with open("/proc/meminfo") as meminfo:
             fields = dict(line.split(":", 1) for line in meminfo)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        # MemAvailable: free memory, and what the system would give up for it, such as its page cache.
+        free, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+        return free, total
     except (OSError, KeyError):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total, total

@@ -22,11 +22,12 @@ from minivllm.engine import messages
 from minivllm.errors import InvalidRequestError, StartupError
 from minivllm.request import EngineEvent, FinishReason
 from minivllm.terminal import configure_logging
+from minivllm.weights.files import resolve_model
 
 if TYPE_CHECKING:
     from minivllm.engine.engine import Engine
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("minivllm.engine.process")  # __name__ is "__main__" here
 
 
 def main(directory: str) -> int:
@@ -35,7 +36,6 @@ def main(directory: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging()
-    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     context = zmq.Context()
     requests = context.socket(zmq.PULL)
     requests.bind(f"ipc://{directory}/requests")
@@ -43,7 +43,7 @@ def main(directory: str) -> int:
     events.set_hwm(0)  # a client that is slow for a moment must not stop the engine
     events.connect(f"ipc://{directory}/events")
     try:
-        engine = _build(config)
+        engine = _build()
     except StartupError as error:
         events.send(messages.encode(messages.StartFailed(str(error))))
         return 1
@@ -57,12 +57,19 @@ def main(directory: str) -> int:
     return 0
 
 
-def _build(config: EngineConfig) -> Engine:
+def _build() -> Engine:
     start = time.monotonic()
-    from minivllm.engine.startup import build_engine
+    # Seconds of importing torch, while the parent still looks for the model's files.
+    from minivllm.engine.startup import build_engine, stage
 
     logger.info("torch imported: %.2f s", time.monotonic() - start)
-    return build_engine(config)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise StartupError("the parent process ended")
+    config = msgspec.json.decode(line, type=EngineConfig)
+    with stage("model files read"):
+        files = resolve_model(config.model, revision=config.revision, load_format=config.load_format)
+    return build_engine(config, files)
 
 
 def serve(engine: Engine, requests: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:

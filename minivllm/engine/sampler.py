@@ -11,6 +11,8 @@ Shapes: L rows (requests that get a token), V vocabulary.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -21,7 +23,7 @@ from minivllm.request import Request, SamplingParams, TokenLogprob
 _CANDIDATES = 1024
 """Most likely tokens that are sorted first: enough for nearly every top-k and top-p, far cheaper than all."""
 
-_MIN_TEMPERATURE = 1e-6
+_MIN_TEMPERATURE = 1e-30
 """Below this, float32 would divide by zero; the draw is greedy long before."""
 
 
@@ -37,8 +39,15 @@ def sample(
     """
     params = [request.sampling for request in requests]
     scores_LV = logits_LV.float()
-    if any(p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty for p in params):
-        scores_LV = _penalise(scores_LV, requests)
+    penalised = [
+        row
+        for row, p in enumerate(params)
+        if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
+    ]
+    if penalised:
+        index = torch.tensor(penalised, device=logits_LV.device)
+        penalised_scores = _penalise(scores_LV[index], [requests[row] for row in penalised])
+        scores_LV = scores_LV.index_copy(0, index, penalised_scores)
     if any(request.num_output_tokens < request.sampling.min_tokens for request in requests):
         scores_LV = _mask_ends(scores_LV, requests, eos_token_ids)
 
@@ -60,7 +69,7 @@ def _penalise(scores_LV: torch.Tensor, requests: list[Request]) -> torch.Tensor:
 
     def count(token_lists: list[list[int]]) -> torch.Tensor:
         rows = np.repeat(np.arange(len(token_lists)), [len(tokens) for tokens in token_lists])
-        columns = np.fromiter((token for tokens in token_lists for token in tokens), dtype=np.int64)
+        columns = np.fromiter(chain.from_iterable(token_lists), dtype=np.int64, count=len(rows))
         index = torch.from_numpy(rows * scores_LV.shape[1] + columns).to(device)
         return torch.bincount(index, minlength=scores_LV.numel()).view_as(scores_LV)
 
@@ -113,52 +122,67 @@ def _draw(scores_LV: torch.Tensor, params: list[SamplingParams], uniform_L: torc
     shifted_LV = scores_LV - scores_LV.amax(dim=-1, keepdim=True)
     probs_LV = torch.softmax(shifted_LV / temperature[:, None], dim=-1)
 
-    is_filtered = [p.top_p < 1.0 or p.top_k > 0 or p.min_p > 0.0 for p in params]
-    tokens_L = _inverse_cdf(probs_LV, uniform_L)
-    if any(is_filtered):
-        index = torch.tensor(is_filtered, device=device).nonzero().flatten()
-        kept = [p for p, is_kept in zip(params, is_filtered, strict=True) if is_kept]
-        tokens_L[index] = _draw_filtered(probs_LV[index], kept, uniform_L[index])
+    is_filtered = torch.tensor([p.top_p < 1.0 or p.top_k > 0 or p.min_p > 0.0 for p in params])
+    filtered, plain = is_filtered.nonzero().flatten(), (~is_filtered).nonzero().flatten()
+    tokens_L = torch.empty_like(uniform_L, dtype=torch.int64)
+    if len(plain):
+        index = plain.to(device)
+        tokens_L[index] = _inverse_cdf(probs_LV[index], uniform_L[index])
+    if len(filtered):
+        index = filtered.to(device)
+        filters = [params[row] for row in filtered.tolist()]
+        tokens_L[index] = _draw_filtered(probs_LV[index], filters, uniform_L[index], _CANDIDATES)
     return tokens_L
 
 
 def _draw_filtered(
-    probs_LV: torch.Tensor, params: list[SamplingParams], uniform_L: torch.Tensor
+    probs_LV: torch.Tensor, params: list[SamplingParams], uniform_L: torch.Tensor, num_candidates: int
 ) -> torch.Tensor:
-    """Draw from each row's most likely tokens: min-p, then top-k, then top-p (Holtzman et al. 2020)."""
+    """Draw from each row's most likely tokens: min-p, then top-k, then top-p (Holtzman et al. 2020).
+
+    ``num_candidates`` tokens are sorted. A row that may keep more than those is drawn again from
+    all of them: whether it is depends on that row alone, and so does the order of equal probabilities.
+    """
     device, vocab_size = probs_LV.device, probs_LV.shape[1]
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab_size for p in params], device=device)
+    num_candidates = min(num_candidates, vocab_size)
+    top_k = torch.tensor([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params])
+    top_k = top_k.to(device)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
     min_p = torch.tensor([p.min_p for p in params], device=device)
 
-    def keep(num_candidates: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        sorted_LC, order_LC = probs_LV.topk(num_candidates, dim=-1)
-        is_likely_LC = sorted_LC >= min_p[:, None] * sorted_LC[:, :1]
-        is_likely_LC &= torch.arange(num_candidates, device=device) < top_k[:, None]
-        kept_LC = (sorted_LC * is_likely_LC).double()
-        # What min-p and top-k leave is a distribution of its own, and top-p looks at that one. Its
-        # total is known if they cut inside the candidates, or if they don't cut at all.
-        is_cut_L = ~is_likely_LC[:, -1]
-        is_uncut_L = (min_p == 0.0) & (top_k >= vocab_size)
-        total_L = torch.where(is_cut_L, kept_LC.sum(-1), probs_LV.sum(-1, dtype=torch.float64))
-        before_LC = kept_LC.cumsum(-1) - kept_LC
-        is_inside_LC = is_likely_LC & (before_LC < (top_p * total_L)[:, None])
-        is_inside_LC[:, 0] = True
-        is_complete_L = is_cut_L | (is_uncut_L & ~is_inside_LC[:, -1])
-        return sorted_LC * is_inside_LC, order_LC, is_complete_L
+    sorted_LC, order_LC = probs_LV.topk(num_candidates, dim=-1)
+    is_likely_LC = sorted_LC >= min_p[:, None] * sorted_LC[:, :1]
+    is_likely_LC &= torch.arange(num_candidates, device=device) < top_k[:, None]
+    kept_LC = (sorted_LC * is_likely_LC).double()
+    # What min-p and top-k leave is a distribution of its own, and top-p looks at that one. Its
+    # total is known if they cut inside the candidates, or if they don't cut at all.
+    is_cut_L = ~is_likely_LC[:, -1]
+    is_uncut_L = (min_p == 0.0) & (top_k == vocab_size)
+    total_L = torch.where(is_cut_L, kept_LC.sum(-1), probs_LV.sum(-1, dtype=torch.float64))
+    before_LC = kept_LC.cumsum(-1) - kept_LC
+    is_inside_LC = is_likely_LC & (before_LC < (top_p * total_L)[:, None])
+    is_inside_LC[:, 0] = True
+    choice_L = _inverse_cdf(sorted_LC * is_inside_LC, uniform_L)
+    tokens_L = order_LC.gather(1, choice_L[:, None]).squeeze(1)
 
-    weights_LC, order_LC, is_complete_L = keep(min(_CANDIDATES, vocab_size))
-    if not bool(is_complete_L.all()):
-        weights_LC, order_LC, _ = keep(vocab_size)
-    choice_L = _inverse_cdf(weights_LC, uniform_L)
-    return order_LC.gather(1, choice_L[:, None]).squeeze(1)
+    if num_candidates < vocab_size:
+        is_complete_L = is_cut_L | (is_uncut_L & ~is_inside_LC[:, -1])
+        again = (~is_complete_L).nonzero().flatten()
+        if len(again):
+            filters = [params[row] for row in again.tolist()]
+            tokens_L[again] = _draw_filtered(probs_LV[again], filters, uniform_L[again], vocab_size)
+    return tokens_L
 
 
 def _inverse_cdf(weights_LC: torch.Tensor, uniform_L: torch.Tensor) -> torch.Tensor:
-    """The first column whose cumulative weight exceeds ``uniform`` times the row's total."""
+    """The first column whose cumulative weight exceeds ``uniform`` times the row's total.
+
+    Some column in any case, also where the weights are NaN.
+    """
     cumulative_LC = weights_LC.cumsum(-1, dtype=torch.float64)
     target_L1 = uniform_L[:, None] * cumulative_LC[:, -1:]
-    return torch.searchsorted(cumulative_LC, target_L1, right=True).squeeze(1)
+    columns_L = torch.searchsorted(cumulative_LC, target_L1, right=True).squeeze(1)
+    return columns_L.clamp(max=weights_LC.shape[1] - 1)
 
 
 def _logprobs(
@@ -169,11 +193,13 @@ def _logprobs(
     if not rows:
         return {}
     table = torch.log_softmax(logits_LV[torch.tensor(rows, device=logits_LV.device)].float(), dim=-1)
+    chosen = torch.tensor([token_ids[row] for row in rows], device=logits_LV.device)
+    chosen_values = table.gather(1, chosen[:, None]).squeeze(1).tolist()
     most = max(params[row].logprobs or 0 for row in rows)
     top_values, top_ids = (values.tolist() for values in table.topk(min(most, table.shape[1]), dim=-1))
     result = {}
     for index, row in enumerate(rows):
         count = params[row].logprobs or 0
         top = list(zip(top_ids[index][:count], top_values[index][:count], strict=True))
-        result[row] = TokenLogprob(token_ids[row], float(table[index, token_ids[row]]), top)
+        result[row] = TokenLogprob(token_ids[row], chosen_values[index], top)
     return result

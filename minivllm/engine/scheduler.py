@@ -154,8 +154,7 @@ class Scheduler(ABC):
         events = []
         for item, token in zip(batch.requests, sampled, strict=True):
             request = item.request
-            request.num_computed_tokens += item.num_tokens
-            self.block_manager.commit(request)
+            self.block_manager.commit(request, item.num_tokens)
             if token is None:
                 continue
             request.token_ids.append(token.token_id)

@@ -19,7 +19,7 @@ from minivllm.errors import ConfigError
 from minivllm.models.layers import Placement
 from minivllm.models.llama import Llama
 from minivllm.request import EngineInfo
-from minivllm.weights.files import ModelFiles, resolve_model
+from minivllm.weights.files import ModelFiles
 from minivllm.weights.loader import check_and_iterate
 
 logger = logging.getLogger(__name__)
@@ -35,14 +35,12 @@ def stage(name: str) -> Iterator[None]:
     logger.info("%s: %.2f s", name, time.monotonic() - start)
 
 
-def build_engine(config: EngineConfig) -> Engine:
-    """Load the model that ``config`` names and put an engine around it.
+def build_engine(config: EngineConfig, files: ModelFiles) -> Engine:
+    """Load a model's weights and put an engine around it.
 
     Raises:
         StartupError: a file, a flag or the memory is not as it must be; the message says what to do.
     """
-    with stage("model files found"):
-        files = resolve_model(config.model, revision=config.revision, load_format=config.load_format)
     with stage("weights loaded"):
         model = load_model(config, files)
     with stage("KV cache allocated"):

@@ -1,0 +1,53 @@
+"""The ``minivllm`` command: ``minivllm serve``, ``minivllm chat``, ``minivllm generate``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from minivllm import __version__
+from minivllm.errors import StartupError
+
+# A command's module is imported when it is called: --help needs no torch.
+COMMANDS = {
+    "serve": ("minivllm.serve", "serve a model behind OpenAI routes"),
+    "chat": ("minivllm.chat", "talk to a model in the terminal"),
+    "generate": ("minivllm.generate", "complete one prompt and print it"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 1 where it can't start, 2 for wrong arguments."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return run(argv[0], argv[1:])
+    parser = argparse.ArgumentParser(
+        "minivllm",
+        usage="minivllm COMMAND [flags]",
+        description="An LLM inference engine with a paged KV cache and continuous batching.",
+        epilog="minivllm COMMAND --help lists a command's flags.",
+    )
+    parser.add_argument("--version", action="version", version=f"minivllm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (_, help) in COMMANDS.items():
+        commands.add_parser(name, help=help)
+    parser.parse_args(argv)
+    return 2
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Run one command; what keeps it from starting becomes one line on standard error."""
+    module = importlib.import_module(COMMANDS[command][0])
+    try:
+        code: int = module.main(argv)
+    except StartupError as error:
+        print(f"minivllm {command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""``minivllm serve`` and ``python -m minivllm.serve``: HTTP in this process, the engine in another."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from minivllm import cli
+from minivllm.config import EngineConfig, ServerConfig
+from minivllm.engine.client import EngineClient
+from minivllm.errors import ConfigError
+from minivllm.flags import Parser
+from minivllm.terminal import configure_logging
+from minivllm.tokenizer.load import load_tokenizer
+from minivllm.weights.files import resolve_model
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+logger = logging.getLogger("minivllm.serve")  # __name__ may be "__main__" here
+
+
+def main(argv: list[str]) -> int:
+    """Serve until SIGTERM or Ctrl-C. Returns the exit code."""
+    started = time.monotonic()
+    parser = Parser("minivllm serve", "Serve a model behind OpenAI routes.")
+    parser.add_config(EngineConfig, "engine")
+    parser.add_config(ServerConfig, "server")
+    parser.add_preset()
+    parsed = parser.parse(argv)
+    engine_config = parser.make_config(EngineConfig, parsed)
+    server_config = parser.make_config(ServerConfig, parsed)
+    configure_logging()
+    try:
+        asyncio.run(serve(engine_config, server_config, started))
+    except asyncio.CancelledError:
+        logger.warning("stopped at once")
+        return 1
+    return 0
+
+
+async def serve(engine_config: EngineConfig, server_config: ServerConfig, started: float) -> None:
+    """Start the engine, then the HTTP server; on a signal drain, then stop both.
+
+    A signal during start-up, or a second one, cancels this at once.
+
+    Raises:
+        StartupError: the port, the model, a flag or the memory is not as it must be.
+    """
+    signals = _Signals()
+    with contextlib.closing(_bind(server_config)) as listener:
+        engine = await EngineClient.spawn()
+        try:
+            # Imported while the engine process imports torch: it takes half a second.
+            from minivllm.server.app import create_app
+            from minivllm.server.context import ServerState
+
+            files = await asyncio.to_thread(
+                resolve_model,
+                engine_config.model,
+                revision=engine_config.revision,
+                load_format=engine_config.load_format,
+            )
+            template = None if server_config.chat_template is None else Path(server_config.chat_template)
+            tokenizer, _ = await asyncio.gather(
+                asyncio.to_thread(load_tokenizer, files, chat_template=template),
+                engine.start(replace(engine_config, model=str(files.path), revision=None)),
+            )
+            state = ServerState()
+            name = server_config.served_model_name or files.name
+            http = _HttpServer(create_app(engine, tokenizer, server_config, name, state), server_config)
+            serving = asyncio.create_task(http.serve(sockets=[listener]))
+            await http.is_listening.wait()
+            host, port = listener.getsockname()[:2]
+            seconds = time.monotonic() - started
+            logger.info("serving %s on http://%s:%d after %.2f s", name, host, port, seconds)
+            await signals.wait_for_stop()
+
+            state.is_draining = True
+            await _drain(engine, server_config.shutdown_timeout)
+            http.should_exit = True
+            await serving
+        finally:
+            await engine.close()
+
+
+async def _drain(engine: EngineClient, timeout: float) -> None:
+    """Let running requests finish; after ``timeout`` seconds, end them with an error."""
+    logger.info("stopping: %d requests have up to %g s to finish", engine.num_requests, timeout)
+    try:
+        await asyncio.wait_for(engine.wait_until_idle(), timeout)
+    except asyncio.TimeoutError:
+        logger.warning("%d requests did not finish in time", engine.num_requests)
+        await engine.close()
+
+
+class _Signals:
+    """SIGTERM and Ctrl-C: the first asks for a drain, any other cancels the task that made this object."""
+
+    def __init__(self) -> None:
+        self._task = asyncio.current_task()
+        self._is_serving = False
+        self._stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._handle)
+
+    async def wait_for_stop(self) -> None:
+        """Return when the first signal comes. Before this is called there is nothing to drain."""
+        self._is_serving = True
+        await self._stop.wait()
+
+    def _handle(self) -> None:
+        if self._is_serving and not self._stop.is_set():
+            self._stop.set()
+        elif self._task is not None:
+            self._task.cancel()
+
+
+def _bind(config: ServerConfig) -> socket.socket:
+    """Take the port before anything slow is done. Connections are refused until the model is ready."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"can't listen on {config.host} port {config.port}: {error.strerror}; "
+            "choose another --port, or 0 for any free one"
+        ) from None
+    return listener
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn, but the signals are ours: it would refuse connections while we still answer them with 503."""
+
+    def __init__(self, app: FastAPI, config: ServerConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                # The answers are complete by then, or have failed: only slow readers are waited for.
+                timeout_graceful_shutdown=5,
+            )
+        )
+
+        self.is_listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.is_listening.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run("serve", sys.argv[1:]))

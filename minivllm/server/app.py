@@ -1,0 +1,108 @@
+"""The web application: OpenAI's routes, and a few of our own around them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, FastAPI, Response
+from fastapi.responses import JSONResponse
+
+import minivllm
+from minivllm.config import ServerConfig
+from minivllm.errors import EngineDeadError, InvalidRequestError
+from minivllm.server.body import BodyLimitMiddleware, JsonRoute
+from minivllm.server.context import Engine, ServerContext, ServerState
+from minivllm.server.errors import add_error_handlers, error_response
+from minivllm.server.generation import encode_chat
+from minivllm.server.openai import openai_router
+from minivllm.server.protocol import DetokenizeRequest, TokenizeRequest
+from minivllm.server.responses import Detokenized, ErrorEnvelope, Health, Tokenized, Version
+from minivllm.tokenizer.tokenizer import Tokenizer
+
+
+def create_app(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    server_config: ServerConfig,
+    model_name: str,
+    state: ServerState,
+) -> FastAPI:
+    """The application that serves one model.
+
+    Args:
+        engine: started, and stopped by the caller.
+        tokenizer: the model's.
+        server_config: only ``max_body_size`` is read here.
+        model_name: what clients ask for.
+        state: the caller's handle on the running application.
+    """
+    context = ServerContext(engine, tokenizer, model_name, state)
+    app = FastAPI(
+        title="minivllm",
+        version=minivllm.__version__,
+        docs_url=None,  # a page that would load its scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        responses={"4XX": {"model": ErrorEnvelope}, "5XX": {"model": ErrorEnvelope}},
+    )
+    app.add_middleware(BodyLimitMiddleware, max_body_size=server_config.max_body_size)
+    add_error_handlers(app)
+    app.include_router(openai_router(context))
+    app.include_router(_own_router(context))
+    return app
+
+
+def _own_router(context: ServerContext) -> APIRouter:
+    """The routes that OpenAI doesn't have; names and shapes are vLLM's where it has them."""
+    router = APIRouter(route_class=JsonRoute)
+    tokenizer = context.tokenizer
+
+    @router.get("/health", response_model=Health)
+    async def health() -> Response:
+        try:
+            context.check_ready()
+        except EngineDeadError as error:
+            return error_response(error, status_code=503)  # load balancers know 503 as "send nothing here"
+        stats = context.engine.stats
+        answer: Health = {
+            "status": "ok",
+            "num_running": stats.num_running,
+            "num_waiting": stats.num_waiting,
+            "kv_cache_usage": stats.kv_cache_usage,
+        }
+        return JSONResponse(answer)
+
+    @router.get("/version")
+    async def version() -> Version:
+        return {"version": minivllm.__version__}
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Tokenized:
+        context.check_model(body.model)
+
+        def encode() -> list[int]:
+            if body.messages is not None:
+                return encode_chat(tokenizer, body.messages, add_special_tokens=bool(body.add_special_tokens))
+            return tokenizer.encode(
+                body.prompt or "", add_special_tokens=body.add_special_tokens is not False
+            )
+
+        tokens = await asyncio.to_thread(encode)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": context.engine.info.max_model_len}
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Detokenized:
+        context.check_model(body.model)
+
+        def decode() -> str:
+            vocab_size = context.engine.info.vocab_size
+            for token_id in body.tokens:
+                if not 0 <= token_id < vocab_size:
+                    raise InvalidRequestError(
+                        f"token ids must be from 0 to {vocab_size - 1}, got {token_id}", param="tokens"
+                    )
+            return tokenizer.decode(body.tokens, skip_special_tokens=False)
+
+        return {"prompt": await asyncio.to_thread(decode)}
+
+    return router

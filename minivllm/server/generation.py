@@ -1,0 +1,81 @@
+"""From a checked HTTP request to finished samples: token ids, one engine request per sample, outputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from minivllm.completion import CompletionDelta, CompletionStream
+from minivllm.errors import RequestFailedError
+from minivllm.request import CompletionOutput, EngineInfo, FinishReason, SamplingParams, check_request
+from minivllm.server.context import ServerContext
+from minivllm.server.protocol import ChatMessage
+from minivllm.server.streaming import run_all
+from minivllm.tokenizer.tokenizer import Tokenizer
+
+OnDelta = Callable[[int, CompletionDelta], Awaitable[None]]
+"""Called with a sample's index and what a step brought it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One of the sequences that an HTTP request asks for: a request of its own to the engine."""
+
+    index: int
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+def encode_chat(
+    tokenizer: Tokenizer, messages: list[ChatMessage], *, add_special_tokens: bool = False
+) -> list[int]:
+    """The prompt that the model's chat template makes of ``messages``; it writes its own special tokens."""
+    text = tokenizer.apply_chat_template([message.for_template() for message in messages])
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def make_samples(
+    request_id: str,
+    prompts: list[list[int]],
+    sampling: SamplingParams,
+    default_max_tokens: int | None,
+    info: EngineInfo,
+) -> list[Sample]:
+    """``sampling.n`` samples of each prompt, each prompt checked: none starts unless all can be served.
+
+    Where ``sampling.max_tokens`` is open, it becomes ``default_max_tokens`` or what the context holds,
+    whichever is less.
+    """
+    samples: list[Sample] = []
+    for prompt in prompts:
+        check_request(prompt, sampling, info)
+        room = info.max_model_len - len(prompt)
+        max_tokens = sampling.max_tokens or min(default_max_tokens or room, room)
+        for i in range(sampling.n):
+            own = replace(sampling.for_sample(i), max_tokens=max_tokens)
+            samples.append(Sample(len(samples), f"{request_id}-{len(samples)}", prompt, own))
+    return samples
+
+
+async def run_samples(
+    context: ServerContext, samples: list[Sample], on_delta: OnDelta | None = None
+) -> list[CompletionOutput]:
+    """Run all samples at once; when one fails, or this is cancelled, the others are aborted."""
+    return await run_all(_run_sample(context, sample, on_delta) for sample in samples)
+
+
+async def _run_sample(context: ServerContext, sample: Sample, on_delta: OnDelta | None) -> CompletionOutput:
+    stream = CompletionStream(context.tokenizer, sample.prompt_token_ids, sample.sampling, sample.index)
+    events = context.engine.generate(sample.request_id, sample.prompt_token_ids, sample.sampling)
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+                raise RequestFailedError(event.error or "the engine ended the request before it was finished")
+            delta = stream.push(event)
+            if on_delta is not None:
+                await on_delta(sample.index, delta)
+            if stream.is_finished:
+                break
+    return stream.output

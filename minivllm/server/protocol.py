@@ -1,0 +1,378 @@
+"""What clients may send: the fields of each route, their types, and which of them go together.
+
+Types are strict (no ``"5"`` for 5, no ``true`` for 1) and every field has an effect: one that isn't
+supported yet is refused by name, an unknown one with the nearest known. A field that is null counts as
+not given, as clients send nulls for what they leave open. Ranges of sampling fields are not here but in
+:class:`minivllm.request.SamplingParams`, where the offline API meets them too.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from typing_extensions import Self
+
+from minivllm.errors import InvalidRequestError
+from minivllm.request import MAX_LOGPROBS, SamplingParams
+
+MAX_SAMPLES = 1024
+"""Most sequences that one request may ask for: prompts times n."""
+
+Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+"""An integer that fits the message to the engine. JSON's have no limit."""
+
+
+class StrictModel(BaseModel):
+    """Accepts exactly the fields it declares."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    unsupported: ClassVar[frozenset[str]] = frozenset()
+    """Fields that clients of OpenAI or vLLM may know, but that have no effect here yet."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data  # pydantic's own check says what it should be
+        given = {name: value for name, value in data.items() if value is not None}
+        for name in given:
+            if name in cls.unsupported:
+                raise InvalidRequestError(f"{name!r} is not supported yet", param=name)
+            if name not in cls.model_fields:
+                name = name[:80]
+                nearest = difflib.get_close_matches(name, cls.model_fields, n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+                raise InvalidRequestError(f"unknown field {name!r}{hint}", param=name)
+        return given
+
+
+def _kind_of_text_or_list(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+def _kind_of_prompt(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return "<text>" if isinstance(value, str) else None
+    if not value:
+        return None
+    first = value[0]
+    return "<texts>" if isinstance(first, str) else "<lists>" if isinstance(first, list) else "<ids>"
+
+
+# fail_fast, wherever a list can be long: millions of wrong items must not become millions of errors.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+
+Prompt = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Field(fail_fast=True), Tag("<texts>")]
+    | Annotated[TokenIds, Tag("<ids>")]
+    | Annotated[list[TokenIds], Field(fail_fast=True), Tag("<lists>")],
+    Discriminator(
+        _kind_of_prompt,
+        custom_error_type="expected",
+        custom_error_message="a string, a list of strings, a list of token ids or a list of such lists, "
+        "and not empty",
+    ),
+]
+
+Stop = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[str], Field(fail_fast=True), Tag("<list>")],
+    Discriminator(
+        _kind_of_text_or_list,
+        custom_error_type="expected",
+        custom_error_message="a string or a list of strings",
+    ),
+]
+
+
+class StreamOptions(StrictModel):
+    """What a stream carries besides the answer."""
+
+    unsupported = frozenset({"continuous_usage_stats", "include_obfuscation"})
+
+    include_usage: bool = False
+
+
+class GenerationRequest(StrictModel):
+    """The fields that completions and chat share. None is "not given"."""
+
+    unsupported = frozenset(
+        {
+            # OpenAI's
+            "logit_bias",
+            "metadata",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "store",
+            "user",
+            # vLLM's
+            "add_special_tokens",
+            "allowed_token_ids",
+            "bad_words",
+            "cache_salt",
+            "data_parallel_rank",
+            "early_stopping",
+            "guided_choice",
+            "guided_decoding_backend",
+            "guided_grammar",
+            "guided_json",
+            "guided_regex",
+            "include_stop_str_in_output",
+            "kv_transfer_params",
+            "length_penalty",
+            "logits_processors",
+            "min_tokens_to_keep",
+            "priority",
+            "prompt_logprobs",
+            "repetition_detection",
+            "request_id",
+            "response_format",
+            "return_token_ids",
+            "return_tokens_as_token_ids",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "structured_outputs",
+            "truncate_prompt_tokens",
+            "use_beam_search",
+            "vllm_xargs",
+        }
+    )
+
+    default_max_tokens: ClassVar[int | None] = None
+    """Of a request that gives none; None: what the context holds."""
+
+    model: str | None = None
+    """Left out: the served model."""
+    max_tokens: Int | None = None
+    n: Int | None = None
+    min_tokens: Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: Int | None = None
+    stop: Stop | None = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "stream_options is only allowed with stream: true", param="stream_options"
+            )
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that counts the tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling_params(self) -> SamplingParams:
+        """The sampling fields, checked. ``max_tokens`` is None where the request leaves it open."""
+        given = self._sampling_fields()
+        # Fields that are not given keep the defaults of SamplingParams, which are written only there.
+        return SamplingParams(**{"max_tokens": None, **{k: v for k, v in given.items() if v is not None}})
+
+    def given_name(self, param: str | None) -> str | None:
+        """What this request calls the field that :func:`minivllm.request.check_request` calls ``param``."""
+        return param
+
+    def _sampling_fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
+
+
+class CompletionRequest(GenerationRequest):
+    """``POST /v1/completions``."""
+
+    unsupported = GenerationRequest.unsupported | {"best_of", "echo", "prompt_embeds", "suffix"}
+    default_max_tokens = 16
+
+    prompt: Prompt
+    logprobs: Int | None = None
+    """How many of the most likely tokens to tell with each token; 0: only the sampled one."""
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """``prompt`` as a list, whether it is one or several."""
+        is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return cast("list[str | list[int]]", [self.prompt] if is_single else self.prompt)
+
+    def sampling_params(self) -> SamplingParams:
+        """See :meth:`GenerationRequest.sampling_params`."""
+        sampling, num_prompts = super().sampling_params(), len(self.prompts)
+        if num_prompts * sampling.n > MAX_SAMPLES:
+            raise InvalidRequestError(
+                f"prompts times n must be at most {MAX_SAMPLES}, got {num_prompts} times {sampling.n}",
+                param="prompt",
+            )
+        return sampling
+
+
+class TextPart(StrictModel):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, data: Any) -> Any:
+        # Before the names are checked: an image is refused for what it is, not for its fields.
+        kind = data.get("type", "text") if isinstance(data, dict) else "text"
+        if isinstance(kind, str) and kind != "text":
+            raise InvalidRequestError(
+                f"only text is supported: type must be 'text', got {kind[:80]!r}", param="type"
+            )
+        return data
+
+
+class ChatMessage(StrictModel):
+    """One message. What a role means, and whether it is allowed, is up to the model's chat template."""
+
+    unsupported = frozenset(
+        {"annotations", "audio", "function_call", "reasoning", "reasoning_content", "refusal", "tool_calls"}
+    )
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: (
+        Annotated[
+            Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("<list>")],
+            Discriminator(
+                _kind_of_text_or_list,
+                custom_error_type="expected",
+                custom_error_message="a string or a list of text parts",
+            ),
+        ]
+        | None
+    ) = None
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise InvalidRequestError(
+                f"content is required in a message of role {self.role}", param="content"
+            )
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates take it, its content one string."""
+        if isinstance(self.content, list):
+            content = "\n".join(part.text for part in self.content)
+        else:
+            content = self.content or ""
+        extra = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return {"role": self.role, "content": content} | {k: v for k, v in extra.items() if v is not None}
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+
+
+class ChatRequest(GenerationRequest):
+    """``POST /v1/chat/completions``."""
+
+    unsupported = GenerationRequest.unsupported | {
+        # OpenAI's
+        "audio",
+        "function_call",
+        "functions",
+        "modalities",
+        "moderation",
+        "parallel_tool_calls",
+        "prediction",
+        "reasoning_effort",
+        "tool_choice",
+        "tools",
+        "verbosity",
+        "web_search_options",
+        # vLLM's
+        "add_generation_prompt",
+        "chat_template",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "documents",
+        "echo",
+        "include_reasoning",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
+        "thinking_token_budget",
+    }
+
+    messages: Messages
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    """The newer name of ``max_tokens``."""
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError(
+                "top_logprobs is only allowed with logprobs: true", param="top_logprobs"
+            )
+        if self.max_completion_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
+                raise InvalidRequestError(
+                    "max_tokens and max_completion_tokens are two names of one limit, but "
+                    f"{self.max_tokens} and {self.max_completion_tokens} were given",
+                    param="max_completion_tokens",
+                )
+            self.max_tokens = self.max_completion_tokens
+        return self
+
+    def given_name(self, param: str | None) -> str | None:
+        """See :meth:`GenerationRequest.given_name`."""
+        if param == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return "messages" if param == "prompt" else param
+
+    def _sampling_fields(self) -> dict[str, Any]:
+        return super()._sampling_fields() | {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+
+
+class TokenizeRequest(StrictModel):
+    """``POST /tokenize``: a text, or a chat through the model's template."""
+
+    unsupported = frozenset(
+        {
+            "add_generation_prompt",
+            "chat_template",
+            "chat_template_kwargs",
+            "continue_final_message",
+            "mm_processor_kwargs",
+            "return_token_strs",
+            "tools",
+        }
+    )
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    """Left out: only to a prompt, as a chat template writes its own."""
+
+    @model_validator(mode="after")
+    def _check_one_input(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("either prompt or messages is required, and not both", param="prompt")
+        return self
+
+
+class DetokenizeRequest(StrictModel):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: TokenIds

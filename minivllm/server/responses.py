@@ -1,0 +1,185 @@
+"""The shapes of the answers. Dictionaries, not models: one is made and written for every token streamed,
+and OpenAI tells apart a key that is null from one that is absent.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from typing_extensions import NotRequired, TypedDict  # pydantic needs these before Python 3.12
+
+StopReason = Literal["stop", "length"]
+
+
+class ErrorDetail(TypedDict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(TypedDict):
+    """The body of every answer that isn't a 200, and an event in a stream that fails midway."""
+
+    error: ErrorDetail
+
+
+class Usage(TypedDict):
+    """Tokens, over all prompts and all samples."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionLogprobs(TypedDict):
+    """Parallel lists, one entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(TypedDict):
+    """One answer of ``/v1/completions``, or a piece of one."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: StopReason | None
+
+
+class Completion(TypedDict):
+    """The answer of ``/v1/completions``; streamed, each chunk has the same shape."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+
+
+class TopLogprob(TypedDict):
+    """One of the most likely tokens at a place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    """The sampled token, and the most likely ones beside it."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    """Log probabilities of a message's tokens."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class ChatMessage(TypedDict):
+    """What the model said."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    """One answer of ``/v1/chat/completions``."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: StopReason
+
+
+class ChatCompletion(TypedDict):
+    """The answer of ``/v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(TypedDict):
+    """What a chunk adds to the message: the role first, then text, and nothing in the last."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+
+
+class ChatChunkChoice(TypedDict):
+    """A piece of one answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: StopReason | None
+
+
+class ChatChunk(TypedDict):
+    """One event of a streamed chat."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class Model(TypedDict):
+    """A model that this server serves."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["minivllm"]
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    """All of them: one."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(TypedDict):
+    """That the server takes requests, and how busy it is."""
+
+    status: Literal["ok"]
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+
+
+class Version(TypedDict):
+    """Which minivllm this is."""
+
+    version: str
+
+
+class Tokenized(TypedDict):
+    """A prompt as the model sees it."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Detokenized(TypedDict):
+    """Token ids as text, special tokens included."""
+
+    prompt: str

@@ -1,0 +1,109 @@
+"""A model's chat template: Jinja, as Hugging Face models write it, in jinja2's sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateSyntaxError, nodes
+from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from minivllm.errors import InvalidRequestError
+
+MAX_RENDERED_CHARS = 16 * 2**20
+"""A template that writes more is running away: no context holds so much."""
+
+
+class ChatTemplate:
+    """A compiled template and the special tokens that it may write."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Raises :class:`InvalidRequestError` where ``source`` isn't valid Jinja."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise InvalidRequestError(
+                f"the chat template isn't valid Jinja, line {error.lineno}: {error.message}"
+            ) from None
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        """The prompt for ``messages``. Fields that are None count as left out.
+
+        Raises :class:`InvalidRequestError` with the template's message where it refuses the
+        messages, and with what went wrong where it can't handle them.
+        """
+        if not messages:
+            raise InvalidRequestError("messages must have at least 1 message, got 0", param="messages")
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        variables = {
+            **self._special_tokens,
+            "messages": given,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
+        pieces: list[str] = []
+        num_chars = 0
+        try:
+            for piece in self._template.generate(variables):
+                pieces.append(piece)
+                num_chars += len(piece)
+                if num_chars > MAX_RENDERED_CHARS:
+                    raise TemplateError(f"it writes more than {MAX_RENDERED_CHARS} characters")
+        except _RefusedByTemplate as error:
+            raise InvalidRequestError(str(error), param="messages") from None
+        # A template is code from the model's files: on messages it wasn't written for, anything may happen.
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise InvalidRequestError(
+                f"the chat template can't render these messages: {reason}", param="messages"
+            ) from error
+        return "".join(pieces)
+
+
+class _RefusedByTemplate(TemplateError):
+    """``raise_exception`` was called."""
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}`` … ``{% endgeneration %}`` marks answers for training; the inside is rendered."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _RefusedByTemplate(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes <, >, & and ' for HTML, which a prompt doesn't want.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -1,0 +1,166 @@
+"""The tokenizer that the rest of the engine sees: text, token ids, bytes and chat messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from minivllm.errors import InvalidRequestError
+from minivllm.tokenizer.alphabet import read_alphabet
+
+if TYPE_CHECKING:
+    from minivllm.tokenizer.chat_template import ChatTemplate
+
+
+class Tokenizer:
+    """A :class:`tokenizers.Tokenizer` with its special tokens and chat template.
+
+    Made by :func:`minivllm.tokenizer.load_tokenizer`. Several threads may use one at the same time:
+    what is kept after that (bytes of tokens, the compiled template) comes out the same in each.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str],
+        chat_template: str | None = None,
+    ) -> None:
+        """``special_tokens`` has names as keys: ``{"bos_token": "<s>", …}``.
+
+        Raises :class:`ModelLoadError` for a kind of vocabulary that isn't supported.
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._alphabet = read_alphabet(backend)
+        self._bytes_of: dict[int, bytes] = {}
+        added_tokens = backend.get_added_tokens_decoder()
+        if self._alphabet.is_byte_level:
+            # Added tokens are plain text: "é" isn't byte 0xE9, as it would be in the alphabet.
+            self._bytes_of = {token_id: token.content.encode() for token_id, token in added_tokens.items()}
+        self.special_token_ids = frozenset(
+            token_id for token_id, token in added_tokens.items() if token.special
+        )
+        """Ids that show no text unless asked for."""
+        self.special_tokens = dict(special_tokens)
+        """Name to text, as chat templates see them."""
+        self._template_source = chat_template
+        self._template: ChatTemplate | None = None  # compiled when first used
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Tokens in the vocabulary, added ones included. The model's embedding may be larger (padding)."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def num_base_tokens(self) -> int:
+        """Tokens in the vocabulary without the added ones: any text may become any of these."""
+        return self._backend.get_vocab_size(with_added_tokens=False)
+
+    @property
+    def bos_token(self) -> str | None:
+        """Text of the token that begins a sequence."""
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """Text of the token that ends a sequence."""
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether :meth:`apply_chat_template` can work."""
+        return self._template_source is not None
+
+    @property
+    def strips_leading_space(self) -> bool:
+        """Whether one space at the very start of a text isn't shown (SentencePiece put it there)."""
+        return self._alphabet.strips_leading_space
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``; with ``add_special_tokens`` between the model's BOS and EOS, if it has any.
+
+        Special tokens spelled out in ``text`` become their ids. Text from a chat template brings its
+        own BOS: encode it with ``add_special_tokens=False``.
+
+        Raises :class:`InvalidRequestError` for a lone surrogate, which is no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"the text can't be encoded: character {error.start} is a lone surrogate "
+                f"(U+{ord(text[error.start]):04X})"
+            ) from None
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ``token_ids``; bytes that aren't UTF-8 become U+FFFD, an unknown id shows nothing.
+
+        Raises :class:`InvalidRequestError` for an id that no vocabulary can have.
+        """
+        data = self.join_bytes(token_ids, skip_special_tokens=skip_special_tokens)
+        if self.strips_leading_space:
+            data = data.removeprefix(b" ")
+        return data.decode(errors="replace")
+
+    def join_bytes(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> bytes:
+        """The bytes of ``token_ids``, one after the other."""
+        hidden = self.special_token_ids if skip_special_tokens else frozenset()
+        return b"".join(self.token_bytes(token_id) for token_id in token_ids if token_id not in hidden)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, half a character included; special tokens: their text.
+
+        Empty for an id that the vocabulary doesn't have (a padded embedding has such ids).
+        Raises :class:`InvalidRequestError` for an id that no vocabulary can have.
+        """
+        known = self._bytes_of.get(token_id)
+        if known is not None:
+            return known
+        if not 0 <= token_id < 2**32:
+            raise InvalidRequestError(f"token ids must be from 0 to {self.vocab_size - 1}, got {token_id}")
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        self._bytes_of[token_id] = data = self._alphabet.to_bytes(token)
+        return data
+
+    def token_to_text(self, token_id: int) -> str:
+        """A token for people: its text, with U+FFFD for bytes that aren't a character by themselves."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def set_chat_template(self, source: str) -> None:
+        """Use another chat template (Jinja), from here on.
+
+        Raises :class:`InvalidRequestError` where it isn't valid Jinja.
+        """
+        self._template_source = source
+        self._template = self._compile(source)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt for ``messages`` (``role`` and ``content``, a string), in the model's own format.
+
+        Raises :class:`InvalidRequestError` where the model has no template, or the template refuses
+        the messages.
+        """
+        if self._template is None:
+            if self._template_source is None:
+                raise InvalidRequestError(
+                    "this model has no chat template: send a plain prompt instead, or start it with "
+                    "--chat-template FILE",
+                    param="messages",
+                )
+            self._template = self._compile(self._template_source)
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def _compile(self, source: str) -> ChatTemplate:
+        from minivllm.tokenizer.chat_template import ChatTemplate  # jinja2, for those who chat
+
+        return ChatTemplate(source, self.special_tokens)

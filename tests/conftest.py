@@ -1,0 +1,103 @@
+"""Fixtures that several folders share: the embedded model, loaded once, and transformers as its oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from minivllm.config import EngineConfig
+from minivllm.engine.engine import Engine
+from minivllm.engine.startup import load_model, make_engine
+from minivllm.models.llama import Llama
+from minivllm.request import SamplingParams
+from minivllm.weights.files import ModelFiles, resolve_model
+
+
+@pytest.fixture(scope="session")
+def embedded_files() -> ModelFiles:
+    """The embedded model's files."""
+    return resolve_model(None)
+
+
+@pytest.fixture(scope="session")
+def embedded_model(embedded_files: ModelFiles) -> Llama:
+    """The embedded model with its weights, in float32 on the CPU; every engine may share it."""
+    return load_model(EngineConfig(device="cpu"), embedded_files)
+
+
+@pytest.fixture
+def make_embedded_engine(embedded_files: ModelFiles, embedded_model: Llama) -> Callable[..., Engine]:
+    """An engine around the embedded model, with any settings."""
+
+    def make(**settings: Any) -> Engine:
+        return make_engine(EngineConfig(device="cpu", **settings), embedded_files, embedded_model)
+
+    return make
+
+
+@dataclass
+class Oracle:
+    """What transformers would have generated, given that all before it was the same."""
+
+    model: Any
+    near_ties: set[tuple[int, ...]] = field(default_factory=set)
+    """Sequences whose last token was the oracle's second choice, within 1e-4 of its first."""
+    _checked: set[tuple[int, tuple[int, ...]]] = field(default_factory=set)
+
+    def check(self, prompt: list[int], output: list[int]) -> None:
+        """Assert that each output token is the oracle's greedy choice after all before it.
+
+        One forward over prompt and output: if every token is the choice after its prefix, then
+        greedy decoding gives this very output.
+        """
+        key = (len(prompt), (*prompt, *output))
+        if key in self._checked:
+            return
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([prompt + output[:-1]])).logits[0, len(prompt) - 1 :]
+        for index, token in enumerate(output):
+            (first, second), (best, runner_up) = (values.tolist() for values in logits[index].topk(2))
+            if token == best:
+                continue
+            is_near_tie = token == runner_up and first - second <= 1e-4
+            assert is_near_tie, (
+                f"token {index} of the answer to a prompt of {len(prompt)} tokens is {token}; transformers "
+                f"says {best}, by {first - logits[index, token]:.6f}"
+            )
+            self.near_ties.add((*prompt, *output[: index + 1]))
+        self._checked.add(key)
+
+
+@pytest.fixture(scope="session")
+def oracle(embedded_files: ModelFiles) -> Oracle:
+    """The embedded model as transformers itself loads and runs it."""
+    from transformers import AutoModelForCausalLM
+
+    path = embedded_files.path
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return Oracle(model.eval())
+
+
+GREEDY_64 = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+
+
+def run_all(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> list[list[int]]:
+    """Add all prompts at once, step until all have ended, and return their tokens.
+
+    Checks the engine's integrity after every step.
+    """
+    outputs: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        engine.add(str(index), prompt, sampling)
+        outputs[str(index)] = []
+    while engine.has_work:
+        for event in engine.step():
+            assert event.error is None
+            outputs[event.request_id] += event.new_token_ids
+        engine.check_integrity()
+    assert engine.stats().num_used_blocks == 0
+    return list(outputs.values())
