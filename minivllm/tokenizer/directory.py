@@ -1,4 +1,4 @@
-"""A tokenizer in a folder: ``tokenizer.json`` or ``tokenizer.model``, and the settings beside it."""
+"""A tokenizer in a folder: ``tokenizer.json`` and the settings beside it, or what transformers can read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from minivllm.errors import ModelLoadError
-from minivllm.tokenizer.bpe import add_around_text
 from minivllm.tokenizer.files import naming, read_text
-from minivllm.tokenizer.sentencepiece_model import (
-    NotSentencePieceError,
-    SentencePieceModel,
-    parse_sentencepiece_model,
-)
 from minivllm.tokenizer.tokenizer import Tokenizer
 from minivllm.weights.checkpoint import read_json
 
@@ -30,32 +24,19 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
     Raises :class:`ModelLoadError`, naming the file at fault.
     """
     path = directory / "tokenizer.json"
-    model = None
-    if path.is_file():
-        with naming(path):
-            backend = _read_tokenizer_json(path)
-    else:
-        path = directory / "tokenizer.model"
-        model = _read_sentencepiece(path) if path.is_file() else None
-        if model is None or not model.is_plain_bpe:
-            from minivllm.tokenizer.hf_fallback import load_with_transformers
+    if not path.is_file():  # SentencePiece's tokenizer.model (Llama 2), or a slow tokenizer's files
+        from minivllm.tokenizer.hf_fallback import load_with_transformers
 
-            with naming(directory):
-                return load_with_transformers(directory)
-        with naming(path):
-            backend = model.to_tokenizer()
+        with naming(directory):
+            return load_with_transformers(directory)
+    with naming(path):
+        backend = _read_tokenizer_json(path)
     with naming(directory / "tokenizer_config.json"):
         settings = _read_settings(directory)
-        special_tokens = ({} if model is None else model.special_tokens) | _special_tokens(settings)
+        special_tokens = _special_tokens(settings)
         _add_tokens(backend, settings, special_tokens.values())
         chat_template = _read_chat_template(directory, settings)
     with naming(path):
-        if model is not None:  # a tokenizer.json says by itself what goes around a text
-            add_around_text(
-                backend,
-                bos=special_tokens.get("bos_token") if settings.get("add_bos_token", True) else None,
-                eos=special_tokens.get("eos_token") if settings.get("add_eos_token", False) else None,
-            )
         return Tokenizer(backend, special_tokens=special_tokens, chat_template=chat_template)
 
 
@@ -64,15 +45,6 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more specific
         raise ModelLoadError(f"not a tokenizer: {error}") from None
-
-
-def _read_sentencepiece(path: Path) -> SentencePieceModel | None:
-    try:
-        return parse_sentencepiece_model(path.read_bytes())
-    except OSError as error:
-        raise ModelLoadError(f"{path}: can't be read: {error.strerror}") from None
-    except NotSentencePieceError:
-        return None
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
