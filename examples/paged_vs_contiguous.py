@@ -14,7 +14,7 @@ for kv_allocation in ("paged", "contiguous"):
     llm = LLM(kv_allocation=kv_allocation, kv_cache_memory=400 * 2**20, max_model_len=2048)
     engine = llm.engine
     for number, question in enumerate(QUESTIONS):
-        prompt = llm.encode_chat([{"role": "user", "content": question}])
+        prompt = llm.tokenizer.encode_chat([{"role": "user", "content": question}])
         engine.add(str(number), prompt, SAMPLING)
 
     start, num_tokens, most_running, usage = time.monotonic(), 0, 0, None

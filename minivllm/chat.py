@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     chat_config = parser.make_config(ChatConfig, parsed)
     configure_logging(logging.WARNING)
     print("loading the model …", flush=True)
-    from minivllm.llm import LLM  # torch, and seconds: after the arguments have been checked
+    from minivllm import LLM  # torch, and seconds: after the arguments have been checked
 
     llm = LLM(**vars(config))
     with contextlib.suppress(ImportError):
@@ -83,7 +83,8 @@ def talk(llm: LLM, sampling: SamplingParams, system: str | None) -> None:
 def answer(llm: LLM, messages: list[dict[str, str]], sampling: SamplingParams) -> str:
     """Print the model's answer as it comes; what had come when Ctrl-C stopped it counts as the answer."""
     parts = []
-    with _interrupts() as is_interrupted, closing(llm.stream(llm.encode_chat(messages), sampling)) as deltas:
+    stream = llm.stream(llm.tokenizer.encode_chat(messages), sampling)
+    with _interrupts() as is_interrupted, closing(stream) as deltas:
         for delta in deltas:
             print(delta.text, end="", flush=True)
             parts.append(delta.text)

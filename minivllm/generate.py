@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     config = parser.make_config(EngineConfig, parsed)
     sampling = parser.make_config(SamplingConfig, parsed).params()
     configure_logging(logging.WARNING)
-    from minivllm.llm import LLM  # torch, and seconds: after the arguments have been checked
+    from minivllm import LLM  # torch, and seconds: after the arguments have been checked
 
     for delta in LLM(**vars(config)).stream(parsed.prompt, sampling):
         print(delta.text, end="", flush=True)

@@ -103,7 +103,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, through the model's chat template; see :meth:`generate`."""
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [self.encode_chat(conversation) for conversation in conversations]
+        prompts = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(
@@ -123,11 +123,6 @@ class LLM:
                         yield stream.push(event)
         finally:
             self.engine.abort(request_id)
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that the model's chat template makes of a conversation."""
-        text = self.tokenizer.apply_chat_template([dict(message) for message in messages])
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

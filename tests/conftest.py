@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from minivllm.openmp import wait_without_spinning
+
+wait_without_spinning()  # before torch is imported
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

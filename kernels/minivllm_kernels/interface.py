@@ -104,25 +104,27 @@ def check_paged_attention(
     out_THD: torch.Tensor,
 ) -> None:
     """Raise ValueError, naming the tensor, unless shapes and dtypes fit together."""
+    _check_shape("q_THD", q_THD, (None, None, None))
     num_heads, head_dim = q_THD.shape[1:]
-    num_kv_heads, block_size = k_cache_PKSD.shape[1:3]
-    num_seqs = seq_lens_B.shape[0]
-    if block_size != BLOCK_SIZE:
-        raise ValueError(f"k_cache_PKSD: S must be {BLOCK_SIZE}, got {block_size}")
+    _check_shape("k_cache_PKSD", k_cache_PKSD, (None, None, BLOCK_SIZE, head_dim))
+    num_kv_heads = k_cache_PKSD.shape[1]
     if num_heads % num_kv_heads:
         raise ValueError(f"q_THD: H must be a multiple of the cache's K={num_kv_heads}, got {num_heads}")
-    _check_shape("k_cache_PKSD", k_cache_PKSD, (None, num_kv_heads, BLOCK_SIZE, head_dim))
     _check_shape("v_cache_PKSD", v_cache_PKSD, tuple(k_cache_PKSD.shape))
+    _check_shape("seq_lens_B", seq_lens_B, (None,))
+    num_seqs = seq_lens_B.shape[0]
     _check_shape("block_tables_BM", block_tables_BM, (num_seqs, None))
     _check_shape("query_start_B1", query_start_B1, (num_seqs + 1,))
     _check_shape("out_THD", out_THD, tuple(q_THD.shape))
-    for name, tensor in (
-        ("block_tables_BM", block_tables_BM),
-        ("seq_lens_B", seq_lens_B),
-        ("query_start_B1", query_start_B1),
+    for name, tensor, dtype in (
+        ("v_cache_PKSD", v_cache_PKSD, k_cache_PKSD.dtype),
+        ("block_tables_BM", block_tables_BM, torch.int32),
+        ("seq_lens_B", seq_lens_B, torch.int32),
+        ("query_start_B1", query_start_B1, torch.int32),
+        ("out_THD", out_THD, q_THD.dtype),
     ):
-        if tensor.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32, got {tensor.dtype}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:

@@ -232,9 +232,8 @@ class PagedBlockManager(BlockManager):
         _require(everywhere == list(range(self.num_blocks)), "a block is lost, or in two places")
         _require(self._cached.keys() <= self._key_of.keys(), "a cached block has no key")
         _require(not set(self._free) & self._key_of.keys(), "a free block has a key")
-        _require(
-            self._block_of == {key: block for block, key in self._key_of.items()}, "keys and blocks disagree"
-        )
+        blocks_by_key = {block: key for key, block in self._block_of.items()}
+        _require(self._key_of == blocks_by_key, "keys and blocks disagree")
 
     def _allocate(self) -> int:
         if self._free:

@@ -16,7 +16,13 @@ import zmq.asyncio
 
 from minivllm.config import EngineConfig
 from minivllm.engine import messages
-from minivllm.errors import EngineDeadError, MinivllmError, RequestFailedError, StartupError
+from minivllm.errors import (
+    EngineDeadError,
+    MinivllmError,
+    RequestFailedError,
+    ShuttingDownError,
+    StartupError,
+)
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason, SamplingParams
 
 _LONGEST_SOCKET_DIRECTORY = 80  # a Unix socket's path has at most about 100 bytes
@@ -130,7 +136,8 @@ class EngineClient:
 
         Raises:
             RequestFailedError: the engine failed while it computed this request.
-            EngineDeadError: the engine process is gone.
+            EngineDeadError: the engine process died.
+            ShuttingDownError: :meth:`close` was called.
         """
         if not self.is_alive:
             raise self._death()
@@ -189,11 +196,10 @@ class EngineClient:
         for queue in self._queues.values():
             queue.put_nowait(self._death())
 
-    def _death(self) -> EngineDeadError:
-        code = self._process.returncode
-        return EngineDeadError(
-            "the engine has been stopped" if self._is_closed else f"the engine process ended with code {code}"
-        )
+    def _death(self) -> MinivllmError:
+        if self._is_closed:
+            return ShuttingDownError("the server was stopped before this request was finished")
+        return EngineDeadError(f"the engine process ended with code {self._process.returncode}")
 
     def _send(self, message: messages.ToEngine) -> None:
         self._requests.send(messages.encode(message), zmq.NOBLOCK)

@@ -13,7 +13,6 @@ from minivllm.errors import EngineDeadError, InvalidRequestError
 from minivllm.server.body import BodyLimitMiddleware, JsonRoute
 from minivllm.server.context import Engine, ServerContext, ServerState
 from minivllm.server.errors import add_error_handlers, error_response
-from minivllm.server.generation import encode_chat
 from minivllm.server.openai import openai_router
 from minivllm.server.protocol import DetokenizeRequest, TokenizeRequest
 from minivllm.server.responses import Detokenized, ErrorEnvelope, Health, Tokenized, Version
@@ -82,7 +81,8 @@ def _own_router(context: ServerContext) -> APIRouter:
 
         def encode() -> list[int]:
             if body.messages is not None:
-                return encode_chat(tokenizer, body.messages, add_special_tokens=bool(body.add_special_tokens))
+                messages = [message.for_template() for message in body.messages]
+                return tokenizer.encode_chat(messages, add_special_tokens=bool(body.add_special_tokens))
             return tokenizer.encode(
                 body.prompt or "", add_special_tokens=body.add_special_tokens is not False
             )

@@ -10,9 +10,7 @@ from minivllm.completion import CompletionDelta, CompletionStream
 from minivllm.errors import RequestFailedError
 from minivllm.request import CompletionOutput, EngineInfo, FinishReason, SamplingParams, check_request
 from minivllm.server.context import ServerContext
-from minivllm.server.protocol import ChatMessage
 from minivllm.server.streaming import run_all
-from minivllm.tokenizer.tokenizer import Tokenizer
 
 OnDelta = Callable[[int, CompletionDelta], Awaitable[None]]
 """Called with a sample's index and what a step brought it."""
@@ -26,14 +24,6 @@ class Sample:
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
-
-
-def encode_chat(
-    tokenizer: Tokenizer, messages: list[ChatMessage], *, add_special_tokens: bool = False
-) -> list[int]:
-    """The prompt that the model's chat template makes of ``messages``; it writes its own special tokens."""
-    text = tokenizer.apply_chat_template([message.for_template() for message in messages])
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 def make_samples(

@@ -22,7 +22,7 @@ from minivllm.request import CompletionOutput, FinishReason
 from minivllm.server.body import JsonRoute
 from minivllm.server.context import ServerContext
 from minivllm.server.formats import ChatFormat, Choice, CompletionFormat, Format
-from minivllm.server.generation import Sample, encode_chat, make_samples, run_samples
+from minivllm.server.generation import Sample, make_samples, run_samples
 from minivllm.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from minivllm.server.responses import ChatCompletion, Completion, Model, ModelList, StopReason, Usage
 from minivllm.server.streaming import Emit, EventStream, run_until_disconnect
@@ -63,7 +63,7 @@ def openai_router(context: ServerContext) -> APIRouter:
     @router.post("/chat/completions", response_model=ChatCompletion)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         def encode() -> list[list[int]]:
-            return [encode_chat(tokenizer, body.messages)]
+            return [tokenizer.encode_chat([message.for_template() for message in body.messages])]
 
         return await _generate(context, request, body, encode, ChatFormat(tokenizer))
 

@@ -160,6 +160,12 @@ class Tokenizer:
             self._template = self._compile(self._template_source)
         return self._template.render(messages, add_generation_prompt=add_generation_prompt)
 
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False
+    ) -> list[int]:
+        """The token ids of :meth:`apply_chat_template`, which writes its own special tokens."""
+        return self.encode(self.apply_chat_template(messages), add_special_tokens=add_special_tokens)
+
     def _compile(self, source: str) -> ChatTemplate:
         from minivllm.tokenizer.chat_template import ChatTemplate  # jinja2, for those who chat
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import save_tiny_llama
+
+from tests.weights.tiny_models import save_tiny_llama
 
 
 @pytest.fixture(scope="session")

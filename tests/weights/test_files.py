@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import write_tiny_gguf
 
 from minivllm.errors import ModelLoadError
 from minivllm.models.config import ModelConfig
 from minivllm.weights import embedded
 from minivllm.weights.files import resolve_model
 from minivllm.weights.gguf import open_gguf
+from tests.weights.tiny_models import write_tiny_gguf
 
 
 @pytest.fixture

@@ -13,7 +13,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
-from tiny_models import (
+
+from minivllm.errors import ModelLoadError
+from minivllm.models.config import ModelConfig
+from minivllm.weights.gguf import GGUFFile, open_gguf
+from tests.weights.tiny_models import (
     TINY_METADATA,
     gguf_data,
     gguf_name,
@@ -21,10 +25,6 @@ from tiny_models import (
     write_gguf,
     write_tiny_gguf,
 )
-
-from minivllm.errors import ModelLoadError
-from minivllm.models.config import ModelConfig
-from minivllm.weights.gguf import GGUFFile, open_gguf
 
 F32 = GGMLQuantizationType.F32
 LARGEST_ERROR = {  # of standard normal values: half a quantisation step, generously

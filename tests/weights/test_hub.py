@@ -10,11 +10,11 @@ import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
-from tiny_models import save_tiny_llama
 
 from minivllm.errors import ModelLoadError
 from minivllm.weights import hub
 from minivllm.weights.files import resolve_model
+from tests.weights.tiny_models import save_tiny_llama
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_llama, tiny_tensors, write_tiny_gguf
 
 from minivllm.errors import ModelLoadError
 from minivllm.weights.files import resolve_model
 from minivllm.weights.loader import check_and_iterate, iter_weights
+from tests.weights.tiny_models import save_tiny_llama, tiny_tensors, write_tiny_gguf
 
 INDEX = "model.safetensors.index.json"
 

@@ -12,11 +12,18 @@ import torch
 from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import TINY_METADATA, gguf_data, gguf_name, tiny_tensors, write_gguf, write_tiny_gguf
 
 from minivllm.errors import ModelLoadError
 from minivllm.models.config import ModelConfig, RopeConfig
 from minivllm.weights.gguf import open_gguf
+from tests.weights.tiny_models import (
+    TINY_METADATA,
+    gguf_data,
+    gguf_name,
+    tiny_tensors,
+    write_gguf,
+    write_tiny_gguf,
+)
 
 LLAMA: dict[str, Any] = {  # Llama 3.1's config.json, smaller
     "architectures": ["LlamaForCausalLM"],

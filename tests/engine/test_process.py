@@ -1,0 +1,237 @@
+"""The engine in its own process: same tokens, prompt aborts, no idle CPU, and no orphan or hang on death."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minivllm.config import EngineConfig
+from minivllm.engine.client import EngineClient
+from minivllm.engine.startup import build_engine
+from minivllm.errors import EngineDeadError, ShuttingDownError, StartupError
+from minivllm.request import FinishReason, SamplingParams
+from minivllm.weights.files import resolve_model
+from tests.conftest import run_all
+from tests.tiny_model import write_tiny_model
+
+LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=20, temperature=1.0, seed=3, ignore_eos=True)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EngineConfig:
+    return EngineConfig(
+        model=write_tiny_model(tmp_path), load_format="dummy", device="cpu", kv_cache_memory=2**22
+    )
+
+
+@asynccontextmanager
+async def running(config: EngineConfig) -> AsyncIterator[EngineClient]:
+    client = await EngineClient.spawn()
+    try:
+        await client.start(config)
+        yield client
+    finally:
+        await client.close()
+
+
+async def tokens_of(
+    client: EngineClient, request_id: str, prompt: list[int], sampling: SamplingParams
+) -> list[int]:
+    return [
+        token
+        async for event in client.generate(request_id, prompt, sampling)
+        for token in event.new_token_ids
+    ]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what must come; the test fails if it doesn't."""
+    for _ in range(3000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("waited 30 s in vain")
+
+
+def process_id(client: EngineClient) -> int:
+    return client._process.pid
+
+
+def test_tokens_equal_the_engine_s_in_this_process(config: EngineConfig) -> None:
+    prompts = [list(range(5, 5 + n)) for n in (1, 16, 40, 100)]
+    engine = build_engine(config, resolve_model(config.model, load_format="dummy"))
+    expected = run_all(engine, prompts, SHORT)
+
+    async def served() -> list[list[int]]:
+        async with running(config) as client:
+            assert client.info == engine.info
+            tasks = [tokens_of(client, str(i), prompt, SHORT) for i, prompt in enumerate(prompts)]
+            return await asyncio.gather(*tasks)
+
+    assert asyncio.run(served()) == expected
+
+
+def test_leaving_early_frees_the_blocks(config: EngineConfig) -> None:
+    async def leave_while_others_run() -> None:
+        async with running(config) as client:
+            other = asyncio.create_task(tokens_of(client, "other", [7] * 30, LONG))
+            async with aclosing(client.generate("left", [5] * 100, LONG)) as events:
+                async for _ in events:
+                    assert client.stats.num_used_blocks >= 7
+                    break
+            await until(lambda: client.stats.num_running == 1)
+            other.cancel()
+            await asyncio.gather(other, return_exceptions=True)
+            await until(lambda: client.stats.num_running == 0)
+            assert client.stats.num_used_blocks == 0
+            assert client.num_requests == 0
+            assert len(await tokens_of(client, "next", [5] * 100, SHORT)) == 20
+
+    asyncio.run(leave_while_others_run())
+
+
+def test_finished_requests_carry_their_history(config: EngineConfig) -> None:
+    async def finish() -> None:
+        async with running(config) as client:
+            events = [event async for event in client.generate("a", [5] * 40, SHORT)]
+            assert [event.finish_reason for event in events] == [None] * 19 + [FinishReason.LENGTH]
+            metrics = events[-1].metrics
+            assert metrics is not None
+            times = [
+                metrics.arrival_time,
+                metrics.first_scheduled_time,
+                metrics.first_token_time,
+                metrics.finished_time,
+            ]
+            assert times == sorted(times)
+            assert times[0] > 0
+
+    asyncio.run(finish())
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads CPU time from /proc")
+def test_an_idle_engine_uses_no_cpu(config: EngineConfig) -> None:
+    def cpu_ticks(pid: int) -> int:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return int(fields[11]) + int(fields[12])
+
+    async def idle() -> int:
+        async with running(config) as client:
+            await tokens_of(client, "a", [5] * 40, SHORT)
+            await asyncio.sleep(0.5)  # torch's threads spin for a moment after their last work
+            before = cpu_ticks(process_id(client))
+            await asyncio.sleep(1.5)
+            return cpu_ticks(process_id(client)) - before
+
+    assert asyncio.run(idle()) <= 1
+
+
+def test_the_sockets_are_private_and_go_away(config: EngineConfig) -> None:
+    def check(directory: Path) -> None:
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        assert {path.name for path in directory.iterdir()} == {"events", "requests"}
+
+    async def look() -> Path:
+        async with running(config) as client:
+            check(Path(client._directory))
+            return Path(client._directory)
+
+    assert not asyncio.run(look()).exists()
+
+
+def test_a_killed_engine_fails_what_waits_for_it(config: EngineConfig) -> None:
+    async def kill() -> None:
+        async with running(config) as client:
+            waiting = [asyncio.create_task(tokens_of(client, str(i), [5] * 20, LONG)) for i in range(3)]
+            await until(lambda: client.stats.num_running > 0)
+            os.kill(process_id(client), signal.SIGKILL)
+            for result in await asyncio.gather(*waiting, return_exceptions=True):
+                assert isinstance(result, EngineDeadError)
+                assert "-9" in str(result)
+            assert not client.is_alive
+            with pytest.raises(EngineDeadError):
+                await tokens_of(client, "late", [5], SHORT)
+
+    asyncio.run(kill())
+
+
+def test_closing_fails_what_runs(config: EngineConfig) -> None:
+    async def close() -> None:
+        async with running(config) as client:
+            waiting = asyncio.create_task(tokens_of(client, "a", [5] * 20, LONG))
+            await until(lambda: client.stats.num_running > 0)
+            await client.close()
+            with pytest.raises(ShuttingDownError):
+                await waiting
+
+    asyncio.run(close())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "/nowhere"}, "/nowhere"),
+        ({"max_model_len": 100_000}, "--max-model-len must be at most 4096"),
+        ({"kv_cache_memory": 10}, "--kv-cache-memory to 4096"),
+    ],
+)
+def test_why_it_cannot_start(config: EngineConfig, settings: dict[str, object], message: str) -> None:
+    async def start() -> None:
+        async with running(replace(config, **settings)):
+            pytest.fail("it started")
+
+    with pytest.raises(StartupError, match=message):
+        asyncio.run(start())
+
+
+PARENT = """
+import asyncio, sys
+from minivllm.config import EngineConfig
+from minivllm.engine.client import EngineClient
+
+async def main():
+    client = await EngineClient.spawn()
+    config = EngineConfig(model=sys.argv[1], load_format="dummy", device="cpu", kv_cache_memory=2**22)
+    await client.start(config)
+    print(client._process.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_the_engine_ends_with_its_parent(config: EngineConfig) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(config.model)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        assert parent.stdout is not None
+        engine = int(parent.stdout.readline())
+        os.kill(engine, 0)
+    finally:
+        parent.kill()
+        parent.wait()
+    for _ in range(3000):
+        try:
+            os.kill(engine, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{engine}/stat").exists() and ") Z " in Path(f"/proc/{engine}/stat").read_text():
+            return  # ended; nobody has collected it yet
+        time.sleep(0.01)
+    pytest.fail("the engine outlives its parent")

@@ -1,0 +1,160 @@
+"""A real HTTP server over an engine that needs no model: what it answers is written in the prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import socket
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+
+import httpx
+import openai
+import tokenizers
+import uvicorn
+from fastapi import FastAPI
+from tokenizers import AddedToken
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+from minivllm.errors import EngineDeadError, RequestFailedError
+from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason, SamplingParams, TokenLogprob
+from minivllm.tokenizer.alphabet import BYTE_TO_CHAR
+from minivllm.tokenizer.tokenizer import Tokenizer
+
+MODEL = "org/fake-model"
+MAX_MODEL_LEN = 256
+MAX_BODY_SIZE = 100_000
+BOS, EOS = "<|begin|>", "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('this model has no tools') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+ANSWER = "Ein schöner Tag 🦙!"
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
+    """Token i is byte i: easy to count, and every character beyond ASCII is spread over several tokens."""
+    backend = tokenizers.Tokenizer(BPE({BYTE_TO_CHAR[byte]: byte for byte in range(256)}, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = ByteLevelDecoder()
+    backend.add_special_tokens([AddedToken(BOS, special=True), AddedToken(EOS, special=True)])
+    return Tokenizer(
+        backend, special_tokens={"bos_token": BOS, "eos_token": EOS}, chat_template=chat_template
+    )
+
+
+class FakeEngine:
+    """Answers :data:`ANSWER`, one byte a token; a word in the prompt makes it do something else.
+
+    ``[hang]``: one token, then nothing. ``[fail]``: one token, then an error in the first sample; the
+    others hang. ``[die]``: one token, then the engine is dead. ``[crash]``: an error that nobody foresaw.
+    ``[stop]``: one token, then the request is aborted from inside. With a seed, the answer starts
+    with it; with ``ignore_eos``, with an end token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.info = EngineInfo(model="fake", max_model_len=MAX_MODEL_LEN, vocab_size=tokenizer.vocab_size)
+        self.is_alive = True
+        self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
+        self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.closed: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Requests that were left before their end."""
+        self._tokenizer = tokenizer
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+    ) -> AsyncGenerator[EngineEvent, None]:
+        self.requests[request_id] = (prompt_token_ids, sampling)
+        is_finished = False
+        try:
+            tokens = self._answer(sampling)
+            prompt = self._tokenizer.decode(prompt_token_ids)
+            for place, token in enumerate(tokens):
+                await asyncio.sleep(0)
+                if place == 1:
+                    self.started.put(request_id)
+                    await self._misbehave(prompt, request_id)
+                    if "[stop]" in prompt:
+                        yield EngineEvent(request_id, [], finish_reason=FinishReason.ABORT)
+                reason = None
+                if place + 1 == sampling.max_tokens:
+                    reason = FinishReason.LENGTH
+                elif place + 1 == len(tokens):
+                    reason = FinishReason.STOP
+                is_finished = reason is not None
+                yield EngineEvent(request_id, [token], _logprobs(place, token, sampling), reason)
+                if is_finished:
+                    return
+        finally:
+            if not is_finished:
+                self.closed.put(request_id)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=2,
+            num_waiting=1,
+            num_used_blocks=3,
+            num_blocks=12,
+            num_preemptions=0,
+            prefix_cache_queries=0,
+            prefix_cache_hits=0,
+        )
+
+    def _answer(self, sampling: SamplingParams) -> list[int]:
+        text = ANSWER if sampling.seed is None else f"{sampling.seed % 1000:03} {ANSWER}"
+        end = self._tokenizer.encode(EOS)
+        return [*(end if sampling.ignore_eos else []), *text.encode(), *end]
+
+    async def _misbehave(self, prompt: str, request_id: str) -> None:
+        if "[fail]" in prompt and request_id.endswith("-0"):
+            raise RequestFailedError("the step raised")
+        if "[hang]" in prompt or "[fail]" in prompt:
+            await asyncio.Event().wait()
+        if "[die]" in prompt:
+            raise EngineDeadError("the engine process ended with code -9")
+        if "[crash]" in prompt:
+            raise RuntimeError("secret details")
+
+
+def _logprobs(place: int, token: int, sampling: SamplingParams) -> list[TokenLogprob] | None:
+    """The sampled token is the second most likely; of the third nothing is left."""
+    if sampling.logprobs is None:
+        return None
+    top = [(token + 1, -0.25), (token, -1.5 - place), (token + 2, float("-inf"))]
+    return [TokenLogprob(token, -1.5 - place, top[: sampling.logprobs])]
+
+
+class RunningServer:
+    """An application behind uvicorn on a free port of this machine, in a thread."""
+
+    def __init__(self, engine: FakeEngine, port: int) -> None:
+        self.engine = engine
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=10)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=10)
+
+    def close(self) -> None:
+        self.http.close()
+        self.openai.close()
+
+
+@contextmanager
+def run_server(app: FastAPI) -> Iterator[int]:
+    """Serve ``app`` on a free port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,173 @@
+"""Starting and stopping: what an operator sees of a server's life."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serving.conftest import EMBEDDED_MODEL, Server, serving
+from tests.tiny_model import write_tiny_model
+
+COMPLETION = {"prompt": [5, 6, 7], "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> tuple[str, ...]:
+    """Flags that serve a model of a few thousand weights."""
+    return ("--model", write_tiny_model(tmp_path), "--load-format", "dummy", "--kv-cache-memory", "4MB")
+
+
+class Streamed(threading.Thread):
+    """A streamed completion, read in a thread of its own."""
+
+    def __init__(self, server: Server, max_tokens: int) -> None:
+        super().__init__()
+        self.server, self.max_tokens = server, max_tokens
+        self.lines: list[str] = []
+        self.has_begun = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        body = {**COMPLETION, "max_tokens": self.max_tokens, "stream": True}
+        url = f"{self.server.url}/v1/completions"
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError),  # cut off: the lines so far are what there is
+            httpx.stream("POST", url, json=body, timeout=60) as response,
+        ):
+            for line in response.iter_lines():
+                self.lines.append(line)
+                self.has_begun.set()
+
+
+def test_sigterm_finishes_what_runs_and_refuses_the_rest(tiny: tuple[str, ...]) -> None:
+    with serving(*tiny) as server:
+        running = Streamed(server, max_tokens=3000)
+        assert running.has_begun.wait(60)
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            assert client.get("/health").status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            while client.get("/health").status_code == 200:
+                time.sleep(0.01)
+            refused = client.post("/v1/completions", json={**COMPLETION, "max_tokens": 1})
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "shutting_down"
+        running.join()
+        assert running.lines[-2:] == ["data: [DONE]", ""]
+        events = [json.loads(line[6:]) for line in running.lines if line.startswith("data: {")]
+        assert events[-1]["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(30) == 0
+
+
+def test_shutdown_timeout_ends_what_is_left(tiny: tuple[str, ...]) -> None:
+    with serving(*tiny, "--shutdown-timeout", "0.1") as server:
+        running = Streamed(server, max_tokens=4000)
+        assert running.has_begun.wait(60)
+        assert server.stop() == 0
+        running.join()
+        error = json.loads([line for line in running.lines if line][-1][6:])["error"]
+        assert error["code"] == "shutting_down"
+        assert "data: [DONE]" not in running.lines
+
+
+def test_a_second_signal_stops_at_once(tiny: tuple[str, ...]) -> None:
+    with serving(*tiny, "--shutdown-timeout", "600") as server:
+        running = Streamed(server, max_tokens=4000)
+        assert running.has_begun.wait(60)
+        server.process.send_signal(signal.SIGTERM)
+        while not any("stopping" in line for line in server.log):
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 1
+        running.join()
+
+
+def test_a_dead_engine_is_told_and_nobody_hangs(tiny: tuple[str, ...]) -> None:
+    with serving(*tiny) as server:
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        if not children.exists():
+            pytest.skip("finds the engine process in /proc")
+        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            while client.get("/health").status_code == 200:
+                time.sleep(0.01)
+            answer = client.post("/v1/completions", json={**COMPLETION, "max_tokens": 1})
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "engine_dead"
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("optimize", [(), ("-O",)], ids=["plain", "-O"])
+def test_optimised_python_changes_nothing(optimize: tuple[str, ...]) -> None:
+    """The checks of bad input and the answers are the same when assert statements are stripped."""
+    with serving(python=optimize) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        chat = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+        answer = client.post("/v1/chat/completions", json=chat).json()
+        assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
+        for bad in ({"temperature": -1}, {"max_tokens": 0}, {"n": 0}, {"max_tokens": 10**6}):
+            refused = client.post("/v1/chat/completions", json={**chat, **bad})
+            assert refused.status_code == 400
+            assert str(next(iter(bad.values()))) in refused.json()["error"]["message"]
+        assert client.post("/v1/completions", json={"prompt": [10**9]}).status_code == 400
+        assert server.stop() == 0
+
+
+def run_serve(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "minivllm.serve", *flags],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_taken_port_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run_serve("--port", str(port))
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert str(port) in result.stderr
+    assert "--port" in result.stderr
+
+
+def test_a_model_that_is_not_there_is_one_line() -> None:
+    result = run_serve("--model", "/nowhere/model", "--port", "0")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "/nowhere/model" in result.stderr.splitlines()[-1]
+
+
+def test_what_does_not_fit_says_what_would(tiny: tuple[str, ...]) -> None:
+    result = run_serve(*tiny, "--port", "0", "--max-model-len", "4096", "--kv-cache-memory", "40kB")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert "--max-model-len" in last
+    assert "--kv-cache-memory" in last
+
+
+def test_start_up_tells_its_stages(embedded_server: Server) -> None:
+    log = "".join(embedded_server.log)
+    for stage in (
+        "torch imported",
+        "weights loaded",
+        "KV cache",
+        "sequences at once",
+        "serving",
+        EMBEDDED_MODEL,
+    ):
+        assert stage in log
