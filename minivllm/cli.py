@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from minivllm import __version__
-from minivllm.errors import StartupError
+from minivllm.errors import InvalidRequestError, MinivllmError
 
 # A command's module is imported when it is called: --help needs no torch.
 COMMANDS = {
@@ -37,13 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(command: str, argv: list[str]) -> int:
-    """Run one command; what keeps it from starting becomes one line on standard error."""
+    """Run one command; what goes wrong becomes one line on standard error."""
     module = importlib.import_module(COMMANDS[command][0])
     try:
         code: int = module.main(argv)
-    except StartupError as error:
+    except MinivllmError as error:
         print(f"minivllm {command}: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InvalidRequestError) else 1
     except KeyboardInterrupt:
         return 130
     return code

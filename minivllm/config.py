@@ -52,7 +52,7 @@ class EngineConfig:
     model: str | None = option(
         None,
         "a folder with config.json and safetensors, a .gguf file, or a Hugging Face id such as "
-        "meta-llama/Llama-3.1-8B-Instruct; left out: the embedded SmolLM2-135M-Instruct",
+        "meta-llama/Llama-3.1-8B-Instruct (default: the embedded SmolLM2-135M-Instruct)",
     )
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id (default: main)")
     load_format: str = option(

@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from minivllm.completion import CompletionDelta, CompletionStream
 from minivllm.config import EngineConfig
 from minivllm.engine.startup import build_engine
@@ -58,6 +56,8 @@ class LLM:
             InvalidRequestError: a prompt or parameter can't be served; nothing has run then.
             RequestFailedError: a step raised.
         """
+        from tqdm import tqdm
+
         all_prompts = _as_list(prompts)
         encoded = [self._encode(prompt) for prompt in all_prompts]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 from minivllm_kernels import get_backend
-from tqdm import tqdm
 
 from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
@@ -49,6 +48,8 @@ def build_engine(config: EngineConfig, files: ModelFiles) -> Engine:
 
 def load_model(config: EngineConfig, files: ModelFiles) -> Llama:
     """A model with its weights, on the device and in the dtype that ``config`` asks for."""
+    from tqdm import tqdm
+
     device = _device(config.device)
     placement = Placement(device, _dtype(config.dtype, files, device), get_backend("auto"))
     model = Llama(files.config, placement)

@@ -1,0 +1,180 @@
+"""Flags, help and errors of the commands; what they do is tested elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minivllm import cli
+from minivllm.config import EngineConfig, ServerConfig, flag
+from minivllm.flags import Parser
+
+
+def engine_config(*argv: str) -> EngineConfig:
+    parser = Parser("test", "")
+    parser.add_config(EngineConfig, "engine")
+    parser.add_preset()
+    return parser.make_config(EngineConfig, parser.parse(argv))
+
+
+def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a wrong command line gets."""
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv)
+    assert e.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_no_flags_are_the_defaults() -> None:
+    assert engine_config() == EngineConfig()
+
+
+def test_every_kind_of_flag() -> None:
+    assert engine_config(
+        "--model", "a/b", "--max-num-seqs", "7", "--kv-cache-memory", "64MB", "--gpu-memory-utilization=0.5",
+        "--no-enable-prefix-caching", "--dtype", "bfloat16",
+    ) == EngineConfig(
+        model="a/b", max_num_seqs=7, kv_cache_memory=64_000_000, gpu_memory_utilization=0.5,
+        enable_prefix_caching=False, dtype="bfloat16",
+    )  # fmt: skip
+
+
+def test_the_preset_is_overridden_by_flags() -> None:
+    preset = engine_config("--preset", "ollama")
+    assert (preset.scheduler, preset.kv_allocation, preset.num_parallel) == ("sequential", "contiguous", 1)
+    mixed = engine_config("--kv-allocation", "paged", "--preset", "ollama")
+    assert (mixed.scheduler, mixed.kv_allocation) == ("sequential", "paged")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        cli.main([command, "--help"])
+    assert e.value.code == 0
+    text = capsys.readouterr().out
+    configs = [EngineConfig, ServerConfig] if command == "serve" else [EngineConfig]
+    for config in configs:
+        for field in dataclasses.fields(config):
+            assert flag(field.name) in text
+            has_default = "default:" in field.metadata["help"] or field.default is not None
+            assert has_default, f"{field.name} says nothing about its default"
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["serve", "--max-num-seq", "3"], ["--max-num-seq;", "did you mean --max-num-seqs?"]),
+        (["serve", "--zzz=3"], ["unknown argument --zzz", "serve --help"]),
+        (["chat", "--temprature", "3"], ["did you mean --temperature?"]),
+        (["serve", "stray"], ["unknown argument stray"]),
+        (["serve", "--max-num-seqs", "0"], ["--max-num-seqs must be at least 1, got 0"]),
+        (["serve", "--port", "70000"], ["--port must be from 0 to 65535, got 70000"]),
+        (["serve", "--kv-cache-memory", "64QB"], ["--kv-cache-memory", "64QB", "64MB"]),
+        (["serve", "--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
+        (["serve", "--quantization", "int8"], ["--quantization", "int8"]),
+        (["serve", "--gpu-memory-utilization", "1.5"], ["--gpu-memory-utilization", "1.5"]),
+        (
+            ["serve", "--kv-allocation", "contiguous", "--enable-prefix-caching"],
+            ["--enable-prefix-caching needs --kv-allocation paged"],
+        ),
+        (["generate"], ["prompt"]),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_one_line(
+    argv: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_of(argv, capsys)
+    for part in parts:
+        assert part in line
+
+
+def test_wrong_sampling_flags_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "x", "--temperature", "-1"]) == 2
+    line = capsys.readouterr().err
+    assert "temperature must be at least 0.0, got -1.0" in line
+    assert len(line.splitlines()) == 1
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        cli.main(["sevre"])
+    assert e.value.code == 2
+    assert "serve" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        cli.main(["--version"])
+    assert e.value.code == 0
+    assert capsys.readouterr().out == f"minivllm {importlib.import_module('minivllm').__version__}\n"
+
+
+def test_the_version_is_written_once() -> None:
+    """pyproject.toml takes it from the package."""
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert 'version = { attr = "minivllm.__version__" }' in pyproject
+
+
+def run_command(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "minivllm.cli", *argv],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_generate_prints_the_completion() -> None:
+    result = run_command("generate", "The capital of France is", "--max-tokens", "5")
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+
+
+def test_generate_says_what_is_wrong_with_a_prompt() -> None:
+    result = run_command("generate", "")
+    assert result.returncode == 2
+    assert result.stderr == "minivllm generate: error: the prompt must have at least 1 token, got 0\n"
+
+
+def test_a_conversation() -> None:
+    """Two questions, the second of which needs the first; then a reset, which forgets."""
+    talk = "What is the capital of France?\n/reset\n\nWhat is the capital of France?\n/exit\nnever read\n"
+    result = run_command("chat", stdin=talk)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("The capital of France is Paris.") == 2
+    assert "(forgotten)" in result.stdout
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat() -> None:
+    chat = subprocess.Popen(
+        [sys.executable, "-u", "-m", "minivllm.cli", "chat", "--max-tokens", "4000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        chat.stdin.write("Write a very long story about a whale.\n")
+        chat.stdin.flush()
+        read = ""
+        while len(read.partition("> ")[2]) < 20:  # the answer has begun
+            read += chat.stdout.read(1)
+        chat.send_signal(signal.SIGINT)
+        while "(stopped)" not in read:
+            read += chat.stdout.read(1)
+        rest, _ = chat.communicate("What is the capital of France?\n/exit\n", timeout=60)
+        assert chat.returncode == 0
+        assert "Paris" in rest
+    finally:
+        chat.kill()
+        chat.wait()

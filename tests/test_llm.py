@@ -1,0 +1,134 @@
+"""The offline class: what users of ``LLM`` get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import minivllm
+from minivllm import LLM, FinishReason, SamplingParams
+from minivllm.errors import ConfigError, ContextLengthError, InvalidRequestError, RequestFailedError
+from tests.conftest import Oracle
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(device="cpu", kv_cache_memory=100 * 2**20, max_model_len=1024)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_behind(llm: LLM) -> Iterator[None]:
+    yield
+    assert not llm.engine.has_work
+    assert llm.engine.stats().num_used_blocks == 0
+    llm.engine.check_integrity()
+
+
+def test_one_prompt_and_several(llm: LLM, oracle: Oracle) -> None:
+    prompts = ["The capital of France is", "Once upon a time", "1, 2, 3,"]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [output.prompt for output in outputs] == prompts
+    for output in outputs:
+        completion = output.outputs[0]
+        oracle.check(output.prompt_token_ids, completion.token_ids)
+        assert completion.text == llm.tokenizer.decode(completion.token_ids)
+        assert completion.finish_reason is FinishReason.LENGTH
+        assert completion.metrics.num_preemptions == 0
+        assert completion.metrics.finished_time >= completion.metrics.first_token_time > 0
+    alone = llm.generate(prompts[0], GREEDY, use_tqdm=False)
+    assert len(alone) == 1
+    assert alone[0].outputs[0].token_ids == outputs[0].outputs[0].token_ids
+    by_ids = llm.generate(outputs[0].prompt_token_ids, GREEDY, use_tqdm=False)
+    assert by_ids[0].prompt is None
+    assert by_ids[0].outputs[0].text == outputs[0].outputs[0].text
+
+
+def test_chat(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=30, temperature=0)
+    one = llm.chat(CAPITAL, params, use_tqdm=False)
+    several = llm.chat([CAPITAL, CAPITAL], params, use_tqdm=False)
+    for output in (*one, *several):
+        assert output.outputs[0].text == "The capital of France is Paris."
+        assert output.outputs[0].finish_reason is FinishReason.STOP
+
+
+def test_n_and_logprobs(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=6, n=3, seed=1, logprobs=2)
+    first, again = (llm.generate("My favourite", params, use_tqdm=False)[0].outputs for _ in range(2))
+    assert len({tuple(completion.token_ids) for completion in first}) == 3
+    assert [c.token_ids for c in first] == [c.token_ids for c in again]
+    assert [c.index for c in first] == [0, 1, 2]
+    for completion in first:
+        assert completion.logprobs is not None
+        assert [entry.token_id for entry in completion.logprobs] == completion.token_ids
+        assert all(len(entry.top) == 2 for entry in completion.logprobs)
+
+
+def test_parameters_of_their_own(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (1, 5, 9)]
+    outputs = llm.generate(["a", "b", "c"], params, use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 5, 9]
+    with pytest.raises(InvalidRequestError, match="got 2"):
+        llm.generate(["a", "b", "c"], params[:2], use_tqdm=False)
+
+
+def test_a_stop_string_ends_the_request_in_the_engine(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=500, temperature=0, stop=("France",))
+    completion = llm.chat(CAPITAL, params, use_tqdm=False)[0].outputs[0]
+    assert completion.text == "The capital of "
+    assert completion.finish_reason is FinishReason.STOP
+    assert len(completion.token_ids) == 4
+
+
+def test_streaming_and_leaving_early(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=500, temperature=0, ignore_eos=True)
+    stream = llm.stream("Once upon a time", params)
+    text = "".join(next(stream).text for _ in range(5))
+    assert llm.engine.stats().num_used_blocks > 0
+    stream.close()
+    whole = llm.generate("Once upon a time", SamplingParams(max_tokens=5, temperature=0), use_tqdm=False)
+    assert text == whole[0].outputs[0].text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error"),
+    [
+        ("", GREEDY, InvalidRequestError),
+        ([], GREEDY, InvalidRequestError),
+        ([10**6], GREEDY, InvalidRequestError),
+        ([-1], GREEDY, InvalidRequestError),
+        ([5] * 1024, GREEDY, ContextLengthError),
+        ([5] * 1000, SamplingParams(max_tokens=25), ContextLengthError),
+        ("x", SamplingParams(stop_token_ids=(10**6,)), InvalidRequestError),
+        ("\ud800", GREEDY, InvalidRequestError),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_anything_runs(
+    llm: LLM, prompt: str | list[int], params: SamplingParams, error: type[Exception]
+) -> None:
+    prompts = [prompt] if isinstance(prompt, str) else [prompt] if prompt else [[]]
+    with pytest.raises(error):
+        llm.generate(["fine", *prompts], params, use_tqdm=False)
+
+
+def test_a_failing_step_is_told(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(batch: object) -> None:
+        raise RuntimeError("no such luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "execute", fail)
+        with pytest.raises(RequestFailedError, match="no such luck"):
+            llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    assert llm.generate("a", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+
+
+def test_wrong_options_are_value_errors() -> None:
+    with pytest.raises(ConfigError, match="--max-num-seqs must be at least 1, got 0"):
+        LLM(max_num_seqs=0)
+    assert issubclass(ConfigError, ValueError)
+    with pytest.raises(AttributeError):
+        _ = minivllm.no_such_name
