@@ -19,9 +19,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviations and names the nearest flag for an unknown one."""
 
     def __init__(self, prog: str, description: str) -> None:
-        super().__init__(
-            prog, description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter
-        )
+        super().__init__(prog, description=description, allow_abbrev=False)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The flags that were given, and only those. Ends the program for an unknown or malformed one."""

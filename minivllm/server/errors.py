@@ -97,7 +97,7 @@ def _as_invalid_request(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestEr
         return InvalidRequestError(
             "the body must be JSON, and come with the header Content-Type: application/json"
         )
-    expected = error["msg"] if kind == "expected" else _EXPECTED[kind].format(**error.get("ctx", {}))
+    expected = _EXPECTED[kind].format(**error.get("ctx", {})) if kind in _EXPECTED else error["msg"]
     return InvalidRequestError(
         f"{param or 'the body'} must be {expected}, got {reprlib.repr(given)}", param=param
     )

@@ -1,0 +1,36 @@
+"""The fixtures that run every kernel test on every backend of this machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from minivllm_kernels import KernelBackend, get_backend
+
+BACKENDS = {"reference": "cpu"}
+"""Name of each backend that this machine can run, and the device that its tensors live on."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend's kernels, and where to put the tensors for them."""
+
+    kernels: KernelBackend
+    device: torch.device
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    name: str = request.param
+    return Backend(get_backend(name), torch.device(BACKENDS[name]))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Other numbers in each run. A failure shows the seed; MINIVLLM_TEST_SEED repeats it."""
+    seed = int(os.environ.get("MINIVLLM_TEST_SEED", np.random.SeedSequence().entropy % 2**32))
+    print(f"MINIVLLM_TEST_SEED={seed} repeats this")
+    return np.random.default_rng(seed)

@@ -1,0 +1,396 @@
+"""Every backend's kernels against loops over tokens in float64, written here from the definitions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from minivllm_kernels import BLOCK_SIZE, get_backend
+
+from tests.kernels.conftest import Backend
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+GROUPINGS = [(4, 4), (9, 3), (8, 2), (16, 2), (8, 1), (5, 1)]  # query heads, KV heads
+HEAD_DIMS = [16, 20, 64, 80, 128]
+
+
+def close(have: torch.Tensor, want: np.ndarray, tolerance: float) -> None:
+    """Relative error in the Euclidean norm; NaN anywhere fails."""
+    difference = np.linalg.norm(have.double().cpu().numpy() - want)
+    error = difference / max(float(np.linalg.norm(want)), 1e-30)
+    assert error <= tolerance, f"relative error {error:.2e} is above {tolerance:.0e}"
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal to the bit, NaNs included."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(rng.normal(0, 1, shape)).to(dtype).to(device)
+
+
+# paged_attention
+
+
+@dataclass
+class AttentionCase:
+    """Arguments of one call. Slots and blocks that hold no sequence's token are NaN, and so is ``out``."""
+
+    q_THD: torch.Tensor
+    k_cache_PKSD: torch.Tensor
+    v_cache_PKSD: torch.Tensor
+    block_tables_BM: torch.Tensor
+    seq_lens_B: torch.Tensor
+    query_start_B1: torch.Tensor
+    scale: float
+    out_THD: torch.Tensor
+
+    def run(self, backend: Backend) -> torch.Tensor:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        before = {name: value.clone() for name, value in tensors.items()}
+        backend.kernels.paged_attention(**vars(self))
+        for name, value in tensors.items():
+            assert name == "out_THD" or same_bits(value, before[name]), f"{name} was changed"
+        return self.out_THD
+
+
+def make_case(
+    rng: np.random.Generator,
+    device: torch.device,
+    sequences: list[tuple[int, int]],
+    *,
+    num_heads: int = 8,
+    num_kv_heads: int = 2,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> AttentionCase:
+    """``sequences``: (tokens in the cache, how many of them are this step's queries)."""
+    num_blocks = [-(-length // BLOCK_SIZE) for length, _ in sequences]
+    pool_size = sum(num_blocks) + int(rng.integers(1, 8))
+    blocks = rng.permutation(pool_size).tolist()
+    unused = blocks[sum(num_blocks) :]
+    shape = (pool_size, num_kv_heads, BLOCK_SIZE, head_dim)
+    k_cache, v_cache = np.full(shape, np.nan), np.full(shape, np.nan)
+    # Entries past a sequence's end are never followed: another's block, no block at all, ...
+    padding = [unused[0], -1, pool_size, 2**31 - 1, -(2**31)]
+    width = max(num_blocks) + int(rng.integers(0, 4))
+    tables = rng.choice(padding, (len(sequences), width))
+    for row, (length, _) in enumerate(sequences):
+        for index in range(num_blocks[row]):
+            block = blocks.pop(0)
+            tables[row, index] = block
+            used = min(BLOCK_SIZE, length - index * BLOCK_SIZE)
+            k_cache[block, :, :used] = rng.normal(0, 1, (num_kv_heads, used, head_dim))
+            v_cache[block, :, :used] = rng.normal(0, 1, (num_kv_heads, used, head_dim))
+    starts = np.cumsum([0] + [queries for _, queries in sequences])
+
+    def integers(values: Any) -> torch.Tensor:
+        return torch.tensor(np.asarray(values), dtype=torch.int32, device=device)
+
+    q = normal(rng, int(starts[-1]), num_heads, head_dim, dtype=dtype, device=device)
+    return AttentionCase(
+        q_THD=q,
+        k_cache_PKSD=torch.from_numpy(k_cache).to(dtype).to(device),
+        v_cache_PKSD=torch.from_numpy(v_cache).to(dtype).to(device),
+        block_tables_BM=integers(tables),
+        seq_lens_B=integers([length for length, _ in sequences]),
+        query_start_B1=integers(starts),
+        scale=float(rng.uniform(0.5, 1.5)) * head_dim**-0.5,
+        out_THD=torch.full_like(q, torch.nan),
+    )
+
+
+def attend_token_by_token(case: AttentionCase) -> np.ndarray:
+    """The definition: for each query and head, softmax over the tokens up to its own, in float64."""
+    q = case.q_THD.double().cpu().numpy()
+    k_cache = case.k_cache_PKSD.double().cpu().numpy()
+    v_cache = case.v_cache_PKSD.double().cpu().numpy()
+    tables, starts = case.block_tables_BM.tolist(), case.query_start_B1.tolist()
+    num_heads, num_kv_heads = q.shape[1], k_cache.shape[1]
+    out = np.zeros_like(q)
+    for row, length in enumerate(case.seq_lens_B.tolist()):
+        slots = [(tables[row][position // 16], position % 16) for position in range(length)]
+        for head in range(num_heads):
+            kv_head = head * num_kv_heads // num_heads
+            keys = np.stack([k_cache[block, kv_head, offset] for block, offset in slots])
+            values = np.stack([v_cache[block, kv_head, offset] for block, offset in slots])
+            num_queries = starts[row + 1] - starts[row]
+            for index in range(num_queries):
+                num_visible = length - num_queries + index + 1
+                token = starts[row] + index
+                scores = case.scale * (keys[:num_visible] @ q[token, head])
+                weights = np.exp(scores - scores.max())
+                out[token, head] = weights / weights.sum() @ values[:num_visible]
+    return out
+
+
+def random_batch(rng: np.random.Generator, kind: str, num_seqs: int, longest: int) -> list[tuple[int, int]]:
+    edges = [1, 2, 15, 16, 17, 31, 32, 33, 48, longest]
+    lengths = [
+        int(rng.choice(edges)) if rng.random() < 0.4 else int(rng.integers(1, longest + 1))
+        for _ in range(num_seqs)
+    ]
+    queries = {
+        "decode": lambda length: 1,
+        "prefill": lambda length: length,
+        "chunk": lambda length: int(rng.integers(1, length + 1)),
+    }
+    kinds = [kind if kind != "mixed" else str(rng.choice(list(queries))) for _ in lengths]
+    return [(length, queries[name](length)) for length, name in zip(lengths, kinds, strict=True)]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), GROUPINGS)
+def test_attention_groupings_and_head_dims(
+    backend: Backend, rng: np.random.Generator, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    sequences = random_batch(rng, "mixed", 6, 40)
+    case = make_case(
+        rng, backend.device, sequences, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
+    close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["decode", "prefill", "chunk", "mixed"])
+def test_attention_dtypes(backend: Backend, rng: np.random.Generator, kind: str, dtype: torch.dtype) -> None:
+    case = make_case(rng, backend.device, random_batch(rng, kind, 5, 100), dtype=dtype)
+    close(case.run(backend), attend_token_by_token(case), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill", "chunk", "mixed"])
+def test_attention_long_sequences(backend: Backend, rng: np.random.Generator, kind: str) -> None:
+    num_seqs = 24 if kind == "decode" else 3
+    sequences = [(600, 600 if kind == "prefill" else 1), *random_batch(rng, kind, num_seqs, 600)]
+    case = make_case(rng, backend.device, sequences, num_heads=3, num_kv_heads=1, head_dim=16)
+    close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257])
+def test_attention_of_one_sequence(backend: Backend, rng: np.random.Generator, length: int) -> None:
+    for num_queries in sorted({1, (length + 1) // 2, length}):
+        case = make_case(rng, backend.device, [(length, num_queries)], num_heads=4, head_dim=16)
+        close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
+
+
+def test_attention_of_many_decodes(backend: Backend, rng: np.random.Generator) -> None:
+    sequences = random_batch(rng, "decode", 256, 60)
+    case = make_case(rng, backend.device, sequences, num_heads=2, num_kv_heads=1, head_dim=16)
+    close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
+
+
+def test_attention_of_shared_blocks(backend: Backend, rng: np.random.Generator) -> None:
+    """Two sequences with one prefix, as the prefix cache hands it out."""
+    case = make_case(rng, backend.device, [(50, 5), (50, 1)])
+    case.block_tables_BM[1, :2] = case.block_tables_BM[0, :2]
+    close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_with_large_scores(backend: Backend, rng: np.random.Generator, dtype: torch.dtype) -> None:
+    case = make_case(rng, backend.device, [(40, 3), (70, 70), (33, 1)], dtype=dtype)
+    case.scale *= 60.0  # exp of such scores overflows unless the largest is subtracted
+    close(case.run(backend), attend_token_by_token(case), 5 * TOLERANCE[dtype])
+
+
+def test_attention_writes_to_a_view(backend: Backend, rng: np.random.Generator) -> None:
+    """q and out may be slices of larger tensors."""
+    case = make_case(rng, backend.device, [(40, 3), (20, 20)], head_dim=16)
+    num_tokens, num_heads, head_dim = case.q_THD.shape
+    wide_q = torch.full((num_tokens, num_heads + 4, head_dim), torch.nan, device=backend.device)
+    wide_q[:, :num_heads] = case.q_THD
+    case.q_THD = wide_q[:, :num_heads]
+    close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
+
+
+BAD_ARGUMENTS: list[tuple[str, Any]] = [
+    ("q_THD", lambda c: {"q_THD": c.q_THD[:, :3]}),  # 3 heads over 2 KV heads
+    ("q_THD", lambda c: {"q_THD": c.q_THD[0]}),
+    ("k_cache_PKSD", lambda c: {"k_cache_PKSD": c.k_cache_PKSD[:, :, :8]}),
+    ("k_cache_PKSD", lambda c: {"k_cache_PKSD": c.k_cache_PKSD[..., :32]}),
+    ("k_cache_PKSD", lambda c: {"k_cache_PKSD": c.k_cache_PKSD[0]}),
+    ("v_cache_PKSD", lambda c: {"v_cache_PKSD": c.v_cache_PKSD[:-1]}),
+    ("v_cache_PKSD", lambda c: {"v_cache_PKSD": c.v_cache_PKSD[:, :1]}),
+    ("v_cache_PKSD", lambda c: {"v_cache_PKSD": c.v_cache_PKSD.double()}),
+    ("block_tables_BM", lambda c: {"block_tables_BM": c.block_tables_BM[:1]}),
+    ("block_tables_BM", lambda c: {"block_tables_BM": c.block_tables_BM[0]}),
+    ("block_tables_BM", lambda c: {"block_tables_BM": c.block_tables_BM.long()}),
+    ("seq_lens_B", lambda c: {"seq_lens_B": c.seq_lens_B.long()}),
+    ("seq_lens_B", lambda c: {"seq_lens_B": c.seq_lens_B[:, None]}),
+    ("query_start_B1", lambda c: {"query_start_B1": c.query_start_B1[:-1]}),
+    ("query_start_B1", lambda c: {"query_start_B1": c.query_start_B1.long()}),
+    ("out_THD", lambda c: {"out_THD": c.out_THD[:-1]}),
+    ("out_THD", lambda c: {"out_THD": c.out_THD[:, :4]}),
+    ("out_THD", lambda c: {"out_THD": c.out_THD.double()}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), BAD_ARGUMENTS)
+def test_attention_refuses_tensors_that_do_not_fit_together(
+    backend: Backend, rng: np.random.Generator, name: str, change: Any
+) -> None:
+    case = make_case(rng, backend.device, [(40, 3), (20, 1)])
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        dataclasses.replace(case, **change(case)).run(backend)
+
+
+# write_kv
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(1, 16), (3, 20), (8, 128)])
+def test_write_kv_writes_its_slots_and_nothing_else(
+    backend: Backend, rng: np.random.Generator, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    num_blocks, num_tokens = 9, int(rng.integers(1, 60))
+    shape = (num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
+    k_cache, v_cache = (normal(rng, *shape, dtype=dtype, device=backend.device) for _ in range(2))
+    k_cache[2] = torch.nan
+    # As the model has them: keys and values are slices of one fused product.
+    fused = normal(rng, num_tokens, 3 * num_kv_heads, head_dim, dtype=dtype, device=backend.device)
+    k, v = fused[:, num_kv_heads : 2 * num_kv_heads], fused[:, 2 * num_kv_heads :]
+    slots = rng.permutation(num_blocks * BLOCK_SIZE)[:num_tokens].tolist()
+    want_k, want_v = k_cache.clone(), v_cache.clone()
+    for token, slot in enumerate(slots):
+        for head in range(num_kv_heads):
+            want_k[slot // 16, head, slot % 16] = k[token, head]
+            want_v[slot // 16, head, slot % 16] = v[token, head]
+    backend.kernels.write_kv(k, v, k_cache, v_cache, torch.tensor(slots, device=backend.device))
+    assert same_bits(k_cache, want_k)
+    assert same_bits(v_cache, want_v)
+
+
+def test_write_kv_then_attention_reads_it(backend: Backend, rng: np.random.Generator) -> None:
+    """The two agree on where a slot is."""
+    case = make_case(rng, backend.device, [(37, 37)], num_heads=4, num_kv_heads=2, head_dim=16)
+    table = case.block_tables_BM[0].tolist()
+    slots = [table[position // 16] * 16 + position % 16 for position in range(37)]
+    k_cache, v_cache = (torch.full_like(case.k_cache_PKSD, torch.nan) for _ in range(2))
+    k, v = (
+        torch.stack([cache[slot // 16, :, slot % 16] for slot in slots])
+        for cache in (case.k_cache_PKSD, case.v_cache_PKSD)
+    )
+    backend.kernels.write_kv(k, v, k_cache, v_cache, torch.tensor(slots, device=backend.device))
+    want = attend_token_by_token(case)
+    case.k_cache_PKSD, case.v_cache_PKSD = k_cache, v_cache
+    close(case.run(backend), want, TOLERANCE[torch.float32])
+
+
+# The rest
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16, 100, 576, 4096])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_rms_norm(
+    backend: Backend, rng: np.random.Generator, has_residual: bool, size: int, dtype: torch.dtype
+) -> None:
+    num_tokens, eps = int(rng.integers(1, 20)), float(rng.choice([1e-6, 1e-5, 1e-2]))
+    x, residual = (normal(rng, num_tokens, size, dtype=dtype, device=backend.device) for _ in range(2))
+    weight = normal(rng, size, dtype=dtype, device=backend.device)
+    x_before, residual_before = x.clone(), residual.clone()
+    normed, total = backend.kernels.rms_norm(x, weight, eps, residual if has_residual else None)
+    assert same_bits(x, x_before)
+    assert same_bits(residual, residual_before)
+    assert normed.dtype == total.dtype == dtype
+
+    wide = x.double().cpu().numpy()
+    if has_residual:
+        wide = wide + residual.double().cpu().numpy()
+        close(total, wide, TOLERANCE[dtype])
+    else:
+        assert same_bits(total, x)
+    want = np.stack([row / np.sqrt((row**2).mean() + eps) for row in wide]) * weight.double().cpu().numpy()
+    close(normed, want, TOLERANCE[dtype])
+
+
+def test_rms_norm_does_not_overflow_in_half_precision(backend: Backend) -> None:
+    """Squares of values that float16 holds are beyond float16."""
+    x = torch.full((2, 64), 3000.0, dtype=torch.float16, device=backend.device)
+    weight = torch.ones(64, dtype=torch.float16, device=backend.device)
+    normed, _ = backend.kernels.rms_norm(x, weight, 1e-5)
+    close(normed, np.ones((2, 64)), 1e-3)
+
+
+def test_rms_norm_adds_eps_under_the_root(backend: Backend) -> None:
+    x = torch.full((1, 16), 1e-3, device=backend.device)
+    normed, _ = backend.kernels.rms_norm(x, torch.ones(16, device=backend.device), 1e-6)
+    close(normed, np.full((1, 16), 1e-3 / np.sqrt(2e-6)), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_rope_is_a_rotation_in_the_complex_plane(
+    backend: Backend, rng: np.random.Generator, head_dim: int, dtype: torch.dtype
+) -> None:
+    num_tokens, half = int(rng.integers(1, 40)), head_dim // 2
+    angles = rng.uniform(0, 5000, (num_tokens, half))
+    cos, sin = (
+        torch.from_numpy(np.concatenate([f(angles)] * 2, axis=1)).float().to(backend.device)
+        for f in (np.cos, np.sin)
+    )
+    # Slices of one fused product, as in the model.
+    fused = normal(rng, num_tokens, 8, head_dim, dtype=dtype, device=backend.device)
+    q, k = fused[:, :5], fused[:, 5:7]
+    before = fused.clone()
+    rotated = backend.kernels.rope(q, k, cos, sin)
+    assert same_bits(fused, before)
+    for x, have in zip((q, k), rotated, strict=True):
+        wide = x.double().cpu().numpy()
+        turned = (wide[..., :half] + 1j * wide[..., half:]) * np.exp(1j * angles)[:, None]
+        assert have.dtype == dtype
+        assert have.shape == x.shape
+        close(have, np.concatenate([turned.real, turned.imag], axis=-1), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 24, 1536])
+def test_silu_and_mul(backend: Backend, rng: np.random.Generator, size: int, dtype: torch.dtype) -> None:
+    gate_up = 4 * normal(rng, int(rng.integers(1, 20)), 2 * size, dtype=dtype, device=backend.device)
+    wide = gate_up.double().cpu().numpy()
+    gate, up = wide[:, :size], wide[:, size:]
+    have = backend.kernels.silu_and_mul(gate_up)
+    assert have.dtype == dtype
+    close(have, gate / (1 + np.exp(-gate)) * up, TOLERANCE[dtype])
+
+
+def test_silu_and_mul_of_extreme_gates(backend: Backend) -> None:
+    gate_up = torch.tensor([[-200.0, 200.0, 0.0, 1.0, 2.0, 3.0]], device=backend.device)
+    have = backend.kernels.silu_and_mul(gate_up)
+    close(have, np.array([[0.0, 400.0, 0.0]]), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("num_tokens", "rows", "columns"), [(1, 7, 16), (5, 100, 64), (33, 576, 1536)])
+def test_linear(
+    backend: Backend,
+    rng: np.random.Generator,
+    num_tokens: int,
+    rows: int,
+    columns: int,
+    has_bias: bool,
+    dtype: torch.dtype,
+) -> None:
+    x = normal(rng, num_tokens, columns, dtype=dtype, device=backend.device)
+    weight = normal(rng, rows, columns, dtype=dtype, device=backend.device)
+    bias = normal(rng, rows, dtype=dtype, device=backend.device) * 10
+    have = backend.kernels.linear(x, weight, bias if has_bias else None)
+    want = x.double().cpu().numpy() @ weight.double().cpu().numpy().T
+    if has_bias:
+        want = want + bias.double().cpu().numpy()
+    assert have.dtype == dtype
+    close(have, want, TOLERANCE[dtype])
+
+
+def test_an_unknown_backend_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"'fastest'.*reference"):
+        get_backend("fastest")
+    assert get_backend("auto").name == "reference"
