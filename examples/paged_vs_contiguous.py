@@ -17,15 +17,14 @@ for kv_allocation in ("paged", "contiguous"):
         prompt = llm.tokenizer.encode_chat([{"role": "user", "content": question}])
         engine.add(str(number), prompt, SAMPLING)
 
-    start, num_tokens, most_running, usage = time.monotonic(), 0, 0, None
+    start, num_tokens, most_running, usage = time.monotonic(), 0, 0, engine.block_manager.usage()
     while engine.has_work:
-        events = engine.step()
-        num_tokens += sum(len(event.new_token_ids) for event in events)
-        if engine.stats().num_running > most_running:
-            most_running, usage = engine.stats().num_running, engine.block_manager.usage()
+        num_tokens += sum(len(event.new_token_ids) for event in engine.step())
+        most_running = max(most_running, engine.stats().num_running)
+        usage = max(usage, engine.block_manager.usage(), key=lambda usage: usage.held)
     rate = num_tokens / (time.monotonic() - start)
     print(
-        f"{kv_allocation:>10}: {rate:4.0f} tokens/s; at its fullest {most_running} sequences at once, "
-        f"and of the KV slots {usage.held / usage.total:.0%} held tokens, "
-        f"{(usage.reserved + usage.internal_waste) / usage.total:.0%} were allocated and empty"
+        f"{kv_allocation:>10}: {rate:.0f} tokens/s, up to {most_running} sequences at once; "
+        f"at the fullest moment {usage.held / usage.total:.0%} of the KV slots held tokens, "
+        f"{(usage.reserved + usage.internal_waste) / usage.total:.0%} were taken and empty"
     )

@@ -22,9 +22,9 @@ __all__ = ["LLM", "CompletionOutput", "EngineConfig", "FinishReason", "RequestOu
 def __getattr__(name: str) -> Any:
     # LLM brings torch, which takes seconds to import: only for those who ask for it.
     if name == "LLM":
-        from minivllm.openmp import wait_without_spinning
+        from minivllm.openmp import spin_briefly
 
-        wait_without_spinning()
+        spin_briefly()
         from minivllm.llm import LLM
 
         return LLM

@@ -242,8 +242,6 @@ class RequestOutput:
 class EngineInfo:
     """What the edge (server, LLM, chat) must know of a running engine to check a request."""
 
-    model: str
-    """As given to ``--model``."""
     max_model_len: int
     vocab_size: int
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from minivllm.openmp import wait_without_spinning
+from minivllm.openmp import spin_briefly
 
-wait_without_spinning()  # before torch is imported
+spin_briefly()  # before torch is imported
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -20,7 +20,7 @@ import zmq
 from minivllm.config import EngineConfig
 from minivllm.engine import messages
 from minivllm.errors import InvalidRequestError, StartupError
-from minivllm.openmp import wait_without_spinning
+from minivllm.openmp import spin_briefly
 from minivllm.request import EngineEvent, FinishReason
 from minivllm.terminal import configure_logging
 from minivllm.weights.files import resolve_model
@@ -37,7 +37,7 @@ def main(directory: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging()
-    wait_without_spinning()
+    spin_briefly()
     context = zmq.Context()
     requests = context.socket(zmq.PULL)
     requests.bind(f"ipc://{directory}/requests")

@@ -87,7 +87,7 @@ def make_engine(config: EngineConfig, files: ModelFiles, model: Llama) -> Engine
     return Engine(
         config,
         TorchRunner(model, num_blocks=ledger.num_blocks, eos_token_ids=eos_token_ids),
-        EngineInfo(files.name, ledger.max_model_len, files.config.vocab_size),
+        EngineInfo(ledger.max_model_len, files.config.vocab_size),
         num_blocks=ledger.num_blocks,
         max_num_batched_tokens=max_num_batched_tokens,
         eos_token_ids=eos_token_ids,

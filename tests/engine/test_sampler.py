@@ -147,6 +147,9 @@ LARGE_FILTERS: list[dict[str, Any]] = [
     {"min_p": 0.02, "top_p": 0.95},
     {"min_p": 1e-6, "top_k": 4000, "top_p": 0.5},
     {"top_k": 2000, "top_p": 0.9},
+    # Flat: top-p's 30 % of what top-k leaves are inside the fast path, 30 % of everything would be, too.
+    {"temperature": 10.0, "top_k": 1500, "top_p": 0.3},
+    {"temperature": 10.0, "min_p": 0.95, "top_p": 0.3},
 ]
 
 
@@ -207,6 +210,20 @@ def test_the_ends_of_the_support(
         assert len(looser) - len(tighter) <= 2
         cut += [max(support, key=lambda token: -support[token]) for support in (looser, tighter)]
     assert last in cut
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 9}, {"top_p": 0.99}, {"temperature": 1e-30}], ids=str)
+def test_zero_never_gives_an_impossible_token(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "_uniform", lambda requests: torch.zeros(1, dtype=torch.float64))
+    logits = torch.tensor([[-torch.inf, -torch.inf, -500.0, 2.0, -torch.inf]])
+    assert sample_ids(logits, [make_request(**params)]) == [3]
+
+
+@pytest.mark.parametrize(("vocab_size", "top_p", "num_kept"), [(4, 0.5, 2), (8, 0.25, 2), (16, 0.75, 12)])
+def test_top_p_stops_where_the_mass_is_reached_exactly(vocab_size: int, top_p: float, num_kept: int) -> None:
+    assert len(set(draw_many(torch.zeros(vocab_size), 1000, top_p=top_p))) == num_kept
 
 
 @pytest.mark.parametrize("params", FILTERS, ids=str)
@@ -340,6 +357,15 @@ def test_each_token_of_a_request_has_its_own_number() -> None:
     probs = brute_force(logits.tolist(), SamplingParams())
     pairs = [a * 30 + b for a, b in itertools.pairwise(drawn)]
     assert_frequencies(pairs, {a * 30 + b: probs[a] * probs[b] for a in probs for b in probs})
+
+
+def test_neighbouring_seeds_are_not_one_stream_shifted() -> None:
+    """The completions of one prompt have seeds in a row."""
+    logits = random_logits(1000, seed=1).expand(200, -1)
+    for shift in (-1, 1):
+        first = sample_ids(logits, [make_request(seed=7, output=[0] * n) for n in range(1, 201)])
+        second = sample_ids(logits, [make_request(seed=8, output=[0] * (n + shift)) for n in range(1, 201)])
+        assert sum(a == b for a, b in zip(first, second, strict=True)) < 20
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63)])

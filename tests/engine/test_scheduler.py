@@ -149,7 +149,7 @@ class Setup:
         return Engine(
             config,
             runner,
-            EngineInfo("fake", self.max_model_len, VOCAB_SIZE),
+            EngineInfo(self.max_model_len, VOCAB_SIZE),
             num_blocks=self.num_blocks,
             max_num_batched_tokens=self.budget,
             eos_token_ids=EOS,

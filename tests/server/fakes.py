@@ -59,7 +59,7 @@ class FakeEngine:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.info = EngineInfo(model="fake", max_model_len=MAX_MODEL_LEN, vocab_size=tokenizer.vocab_size)
+        self.info = EngineInfo(max_model_len=MAX_MODEL_LEN, vocab_size=tokenizer.vocab_size)
         self.is_alive = True
         self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
         self.started: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -91,8 +91,9 @@ def test_a_long_prompt_does_not_stop_the_others(tmp_path: Path) -> None:
                     if long.done():
                         break
                 assert (await long).status_code == 200
-                # 3,000 tokens are at least six steps of 512, and each of those brings the stream a token.
-                assert num_between >= 6
+                # 3,000 tokens are six steps of 512, and each brings the stream a token. In one step of its
+                # own the prompt would leave room for one or two; the rest of six is for when it began.
+                assert num_between >= 4
             assert (await until_idle(client))["kv_cache_usage"] == 0.0
 
     with serving("--model", write_tiny_model(tmp_path), "--load-format", "dummy") as server:
