@@ -2,9 +2,12 @@
 
 The order is: penalties and the mask of end-of-turn tokens, temperature, min-p, top-k, top-p, draw.
 
-A draw is the inverse of the cumulative distribution at one uniform number per token, and that
-number is a hash of the request's seed and of how many tokens it has: nothing a request samples
-depends on who else is in the batch, on chunking, or on a preemption.
+A draw is the Gumbel-max trick (Maddison et al. 2014): each token's score gets noise of its own, and
+the largest sum wins. The noise is a hash of the request's seed, of how many tokens it has, and of
+the token: nothing a request samples depends on who else is in the batch, on chunking, or on a
+preemption. It is chosen over inverting the cumulative distribution because a rounding error in the
+logits, which a batch of another size brings, changes a token only where two sums are that close; a
+cumulative sum has thousands of edges for it to cross.
 
 Shapes: L rows (requests that get a token), V vocabulary.
 """
@@ -55,8 +58,9 @@ def sample(
     random_rows = [row for row, p in enumerate(params) if not p.is_greedy]
     if random_rows:
         index = torch.tensor(random_rows, device=logits_LV.device)
-        uniform = _uniform([requests[row] for row in random_rows]).to(logits_LV.device)
-        tokens_L[index] = _draw(scores_LV[index], [params[row] for row in random_rows], uniform)
+        keys_L2 = _noise_keys([requests[row] for row in random_rows]).to(logits_LV.device)
+        scaled_LV = _scale_and_filter(scores_LV[index], [params[row] for row in random_rows])
+        tokens_L[index] = (scaled_LV + _gumbel_noise(keys_L2, logits_LV.shape[1])).argmax(dim=-1)
 
     token_ids: list[int] = tokens_L.tolist()
     logprobs = _logprobs(logits_LV, token_ids, params)
@@ -97,14 +101,13 @@ def _mask_ends(
     return scores_LV
 
 
-def _uniform(requests: list[Request]) -> torch.Tensor:
-    """One number in [0, 1) per request, from its seed and position: SplitMix64 (Steele et al. 2014)."""
+def _noise_keys(requests: list[Request]) -> torch.Tensor:
+    """Two int32 per request, from its seed and position: SplitMix64 (Steele et al. 2014). [L, 2]"""
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
         seeds = np.array([request.seed for request in requests], dtype=np.int64).view(np.uint64)
         positions = np.array([request.num_output_tokens for request in requests], dtype=np.uint64)
         bits = _splitmix64(_splitmix64(seeds) + positions)
-    # 48 bits: times any total it stays below that total, in float64.
-    return torch.from_numpy((bits >> np.uint64(16)).astype(np.float64) * 2.0**-48)
+    return torch.from_numpy(bits.view(np.int32).reshape(-1, 2))
 
 
 def _splitmix64(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -114,42 +117,57 @@ def _splitmix64(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return bits ^ (bits >> np.uint64(31))
 
 
-def _draw(scores_LV: torch.Tensor, params: list[SamplingParams], uniform_L: torch.Tensor) -> torch.Tensor:
-    """Draw one token per row. Every row has temperature > 0."""
+def _gumbel_noise(keys_L2: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Standard Gumbel noise, float32 [L, V]: the same for the same key and token, on every device."""
+    low_L1, high_L1 = keys_L2[:, :1], keys_L2[:, 1:]
+    bits_LV = torch.arange(vocab_size, dtype=torch.int32, device=keys_L2.device) + low_L1
+    # Two rounds of MurmurHash3's finaliser (Appleby 2011), with the key's other half between them.
+    bits_LV = _murmur_mix(_murmur_mix(bits_LV).bitwise_xor_(high_L1))
+    uniform_LV = (bits_LV.bitwise_and_(0x7FFFFFFF).float() + 0.5) * 2.0**-31
+    # An exponential variable is most precise near 0, where the largest noise comes from. Not 1: the
+    # noise would be minus infinity, and the only token that is left must win with any noise.
+    exponential_LV = uniform_LV.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
+    return exponential_LV.log_().neg_()
+
+
+def _murmur_mix(bits: torch.Tensor) -> torch.Tensor:
+    """Scramble int32, in place. Products wrap; the mask makes a signed shift an unsigned one."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << (32 - shift)) - 1))
+        bits.mul_(factor - (1 << 32) if factor >= 1 << 31 else factor)
+    return bits
+
+
+def _scale_and_filter(scores_LV: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """Scores over temperature; minus infinity for what min-p, top-k and top-p drop.
+
+    Every row has temperature > 0.
+    """
     device = scores_LV.device
     temperature = torch.tensor([max(p.temperature, _MIN_TEMPERATURE) for p in params], device=device)
     # The largest score becomes 0 first, so that dividing by a tiny temperature can't overflow it.
-    shifted_LV = scores_LV - scores_LV.amax(dim=-1, keepdim=True)
-    probs_LV = torch.softmax(shifted_LV / temperature[:, None], dim=-1)
-
-    is_filtered = torch.tensor([p.top_p < 1.0 or p.top_k > 0 or p.min_p > 0.0 for p in params])
-    filtered, plain = is_filtered.nonzero().flatten(), (~is_filtered).nonzero().flatten()
-    tokens_L = torch.empty_like(uniform_L, dtype=torch.int64)
-    if len(plain):
-        index = plain.to(device)
-        tokens_L[index] = _inverse_cdf(probs_LV[index], uniform_L[index])
-    if len(filtered):
-        index = filtered.to(device)
-        filters = [params[row] for row in filtered.tolist()]
-        tokens_L[index] = _draw_filtered(probs_LV[index], filters, uniform_L[index], _CANDIDATES)
-    return tokens_L
+    scaled_LV = (scores_LV - scores_LV.amax(dim=-1, keepdim=True)) / temperature[:, None]
+    rows = [row for row, p in enumerate(params) if p.top_p < 1.0 or p.top_k > 0 or p.min_p > 0.0]
+    if rows:
+        index = torch.tensor(rows, device=device)
+        scaled_LV[index] = _filter(scaled_LV[index], [params[row] for row in rows], _CANDIDATES)
+    return scaled_LV
 
 
-def _draw_filtered(
-    probs_LV: torch.Tensor, params: list[SamplingParams], uniform_L: torch.Tensor, num_candidates: int
-) -> torch.Tensor:
-    """Draw from each row's most likely tokens: min-p, then top-k, then top-p (Holtzman et al. 2020).
+def _filter(scaled_LV: torch.Tensor, params: list[SamplingParams], num_candidates: int) -> torch.Tensor:
+    """Keep each row's most likely tokens: min-p, then top-k, then top-p (Holtzman et al. 2020).
 
-    ``num_candidates`` tokens are sorted. A row that may keep more than those is drawn again from
-    all of them: whether it is depends on that row alone, and so does the order of equal probabilities.
+    ``num_candidates`` tokens are sorted. A row that may keep more than those is filtered again with
+    all of them sorted: whether it is depends on that row alone.
     """
-    device, vocab_size = probs_LV.device, probs_LV.shape[1]
+    device, vocab_size = scaled_LV.device, scaled_LV.shape[1]
     num_candidates = min(num_candidates, vocab_size)
     top_k = torch.tensor([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params])
     top_k = top_k.to(device)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
     min_p = torch.tensor([p.min_p for p in params], device=device)
 
+    probs_LV = torch.softmax(scaled_LV, dim=-1)
     sorted_LC, order_LC = probs_LV.topk(num_candidates, dim=-1)
     is_likely_LC = sorted_LC >= min_p[:, None] * sorted_LC[:, :1]
     is_likely_LC &= torch.arange(num_candidates, device=device) < top_k[:, None]
@@ -162,27 +180,16 @@ def _draw_filtered(
     before_LC = kept_LC.cumsum(-1) - kept_LC
     is_inside_LC = is_likely_LC & (before_LC < (top_p * total_L)[:, None])
     is_inside_LC[:, 0] = True
-    choice_L = _inverse_cdf(sorted_LC * is_inside_LC, uniform_L)
-    tokens_L = order_LC.gather(1, choice_L[:, None]).squeeze(1)
+    candidates_LC = scaled_LV.gather(1, order_LC).masked_fill_(~is_inside_LC, -torch.inf)
+    filtered_LV = torch.full_like(scaled_LV, -torch.inf).scatter_(1, order_LC, candidates_LC)
 
     if num_candidates < vocab_size:
         is_complete_L = is_cut_L | (is_uncut_L & ~is_inside_LC[:, -1])
         again = (~is_complete_L).nonzero().flatten()
         if len(again):
             filters = [params[row] for row in again.tolist()]
-            tokens_L[again] = _draw_filtered(probs_LV[again], filters, uniform_L[again], vocab_size)
-    return tokens_L
-
-
-def _inverse_cdf(weights_LC: torch.Tensor, uniform_L: torch.Tensor) -> torch.Tensor:
-    """The first column whose cumulative weight exceeds ``uniform`` times the row's total.
-
-    Some column in any case, also where the weights are NaN.
-    """
-    cumulative_LC = weights_LC.cumsum(-1, dtype=torch.float64)
-    target_L1 = uniform_L[:, None] * cumulative_LC[:, -1:]
-    columns_L = torch.searchsorted(cumulative_LC, target_L1, right=True).squeeze(1)
-    return columns_L.clamp(max=weights_LC.shape[1] - 1)
+            filtered_LV[again] = _filter(scaled_LV[again], filters, vocab_size)
+    return filtered_LV
 
 
 def _logprobs(

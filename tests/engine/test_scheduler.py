@@ -243,19 +243,19 @@ class Driver:
         self.engine.check_integrity()
 
         assert self.runner.num_steps == num_steps + bool(running or waiting), "a step did nothing"
-        # Evicted: a suffix of those that ran. Admitted: from the head of the queue.
-        num_kept = len([request for request in running if request in now_running])
-        evicted, kept = running[num_kept:], running[:num_kept]
-        assert now_running[:num_kept] == kept
-        admitted = now_running[num_kept:]
-        assert admitted == waiting[: len(admitted)]
-        assert not (evicted and admitted), "admitted in the very step that evicted"
+        # Evicted: the last ones of those that ran. Admitted: from the head of the queue, where the
+        # evicted are now. (One may come back at once, if it finds its prefix in another's blocks.)
+        evicted = [r for r in running if r.metrics.num_preemptions > preemptions[r]]
+        kept = running[: len(running) - len(evicted)]
+        assert kept + evicted == running
+        assert all(r.metrics.num_preemptions == preemptions[r] + (r in evicted) for r in preemptions)
+        assert now_running[: len(kept)] == kept
+        admitted = now_running[len(kept) :]
+        assert admitted == (evicted + waiting)[: len(admitted)]
         if evicted:
             assert num_needing_a_block > num_free, "evicted though there were blocks"
-        for request, before in preemptions.items():
-            assert request.metrics.num_preemptions - before == (request in evicted)
-        for request in evicted:
-            assert request.token_ids == tokens[request]
+        for request, before in tokens.items():
+            assert request.token_ids[: len(before)] == before
         # Decodes never wait, and no token of the budget is left over while somebody could use it.
         scheduled = {request: num_tokens for request, _, num_tokens in self.runner.last_batch}
         decodes = [request for request in kept if len(tokens[request]) - computed[request] == 1]
