@@ -1,5 +1,90 @@
-"""Everything about the package is in pyproject.toml; compiled extensions are declared here."""
+"""Everything about the package is in pyproject.toml; the C++ extension is built here.
 
-from setuptools import setup
+The CPU kernels are compiled once for each instruction set, and the best one is chosen when they are
+loaded. Without a C++ compiler the installation goes on without them.
+"""
 
-setup()
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = ("attention", "elementwise", "linear", "peak")  # once for each instruction set
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = {"portable": []}
+if IS_X86:
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    vnni = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+    INSTRUCTION_SETS["avx512"] = [*INSTRUCTION_SETS["avx2"], *vnni]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-Wno-unknown-pragmas",
+]
+CSRC = Path("kernels/csrc")
+
+
+class BuildKernels(build_ext):
+    """Compile each source file several times, then link all of it into one module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        openmp = ["-fopenmp"] if self._has_openmp() else []
+        compiler, objects = self.compiler, []
+        for name, flags in INSTRUCTION_SETS.items():
+            objects += compiler.compile(
+                [str(CSRC / f"{source}.cpp") for source in SOURCES],
+                output_dir=f"{self.build_temp}/{name}",
+                macros=[("ISA", name)],
+                extra_postargs=[*FLAGS, *flags, *openmp],
+                depends=ext.depends,
+            )
+        objects += compiler.compile(
+            [str(CSRC / "module.cpp")],
+            output_dir=self.build_temp,
+            include_dirs=compiler.include_dirs,
+            macros=[*ext.define_macros, *([("MINIVLLM_X86", "1")] if IS_X86 else [])],
+            extra_postargs=FLAGS,
+            depends=ext.depends,
+        )
+        # The module's OpenMP calls end up in the runtime that torch has loaded by then: the same pool.
+        compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=openmp, target_lang="c++"
+        )
+
+    def _has_openmp(self) -> bool:
+        """Apple's clang has none; one thread then does the work."""
+        compiler = self.compiler.compiler_so[0]
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
+            command = [compiler, "-fopenmp", str(source), "-o", str(Path(folder, "probe")), "-lstdc++"]
+            return (
+                bool(shutil.which(compiler)) and subprocess.run(command, capture_output=True).returncode == 0
+            )
+
+
+setup(
+    cmdclass={"build_ext": BuildKernels},
+    ext_modules=[
+        Extension(
+            "minivllm_kernels._cpu",
+            [f"{CSRC}/{source}.cpp" for source in (*SOURCES, "module")],
+            depends=[f"{CSRC}/{header}.h" for header in ("dot", "elementwise", "kernels", "simd")],
+            define_macros=[("Py_LIMITED_API", "0x030A0000")],
+            py_limited_api=True,
+            language="c++",
+            optional=True,
+        )
+    ],
+)

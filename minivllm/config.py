@@ -69,10 +69,17 @@ class EngineConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     quantization: str = option(
-        "none",
-        "of weights in memory; none: expanded to --dtype (the only choice so far)",
-        choices=("none",),
+        "auto",
+        "of weights in memory; auto: on cpu a quantised GGUF keeps its 4 or 8 bits, all else is none; "
+        "int8: 8 bits, cpu only; none: expanded to --dtype",
+        choices=("auto", "none", "int8"),
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "of the KV cache; auto: float16 beside quantised weights, else --dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    cpu_threads: int | None = option(None, "threads that compute on cpu (default: one per core)")
     seed: int | None = option(
         None, "of the random streams of requests that bring no seed (default: from the system)"
     )
@@ -113,7 +120,13 @@ class EngineConfig:
             choices, value = setting.metadata["choices"], getattr(self, name)
             if choices is not None and value not in choices:
                 raise ConfigError(f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_parallel"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "num_parallel",
+            "cpu_threads",
+        ):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("kv_cache_memory", self.kv_cache_memory, 1)
         if not 0.0 < self.gpu_memory_utilization <= 1.0:

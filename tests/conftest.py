@@ -30,7 +30,7 @@ def embedded_files() -> ModelFiles:
 @pytest.fixture(scope="session")
 def embedded_model(embedded_files: ModelFiles) -> Llama:
     """The embedded model with its weights, in float32 on the CPU; every engine may share it."""
-    return load_model(EngineConfig(device="cpu"), embedded_files)
+    return load_model(EngineConfig(device="cpu", quantization="none"), embedded_files)
 
 
 @pytest.fixture
@@ -38,7 +38,9 @@ def make_embedded_engine(embedded_files: ModelFiles, embedded_model: Llama) -> C
     """An engine around the embedded model, with any settings."""
 
     def make(**settings: Any) -> Engine:
-        return make_engine(EngineConfig(device="cpu", **settings), embedded_files, embedded_model)
+        return make_engine(
+            EngineConfig(device="cpu", quantization="none", **settings), embedded_files, embedded_model
+        )
 
     return make
 

@@ -1,5 +1,16 @@
 """The engine's compute kernels: one interface, several backends, one test suite over all of them."""
 
-from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, get_backend
+from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, Weight, available_backends, get_backend
+from minivllm_kernels.packed import PackedRows, PackedWeight, QuantizedRows, quantize_int8
 
-__all__ = ["BLOCK_SIZE", "KernelBackend", "get_backend"]
+__all__ = [
+    "BLOCK_SIZE",
+    "KernelBackend",
+    "PackedRows",
+    "PackedWeight",
+    "QuantizedRows",
+    "Weight",
+    "available_backends",
+    "get_backend",
+    "quantize_int8",
+]

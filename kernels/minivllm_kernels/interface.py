@@ -3,7 +3,7 @@
 Shape legend, used as suffixes of tensor names:
     T   tokens of this step, over all sequences
     H   query heads
-    K   key/value heads (H is a multiple of K: grouped-query attention)
+    K   key/value heads (H is a multiple of K: grouped-query attention);  A = H + 2K
     D   head dimension
     P   blocks in the pool
     S   slots in a block (BLOCK_SIZE)
@@ -18,11 +18,17 @@ tensor-core tile and for a CPU cache line alike.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Protocol
 
 import torch
 
+from minivllm_kernels.packed import PackedWeight
+
 BLOCK_SIZE = 16
+
+Weight = torch.Tensor | PackedWeight
+"""A matrix [rows, N]: a tensor, or one of 4 or 8 bits."""
 
 
 class KernelBackend(Protocol):
@@ -30,9 +36,38 @@ class KernelBackend(Protocol):
 
     name: str
 
-    def linear(self, x_TN: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x @ weight.T + bias``; weight is [rows, N]. Returns [T, rows] in x's dtype."""
+    @abstractmethod
+    def linear(self, x_TN: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x @ weight.T + bias``; weight is [rows, N]. Returns [T, rows] in x's dtype.
 
+        With a packed weight, a backend may round x to 8 bits, one scale for each token and group of
+        32 features; then a token's result is the same to the bit whatever other tokens there are.
+        """
+
+    def rms_norm_linear(
+        self,
+        x_TN: torch.Tensor,
+        residual_TN: torch.Tensor | None,
+        norm_weight_N: torch.Tensor,
+        eps: float,
+        weight: Weight,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`rms_norm`, then :meth:`linear`. Returns ([T, rows], ``x + residual`` [T, N])."""
+        normed_TN, sum_TN = self.rms_norm(x_TN, norm_weight_N, eps, residual_TN)
+        return self.linear(normed_TN, weight, bias), sum_TN
+
+    def silu_and_mul_linear(
+        self, gate_up_TI2: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """:meth:`silu_and_mul`, then :meth:`linear`. Returns [T, rows]."""
+        return self.linear(self.silu_and_mul(gate_up_TI2), weight, bias)
+
+    @abstractmethod
+    def embedding(self, ids_T: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """Rows ``ids`` (int64) of the weight. Returns [T, N]."""
+
+    @abstractmethod
     def rms_norm(
         self, x_TN: torch.Tensor, weight_N: torch.Tensor, eps: float, residual_TN: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,27 +78,29 @@ class KernelBackend(Protocol):
             second is ``x`` itself.
         """
 
-    def rope(
-        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary position embedding (Su et al. 2021), rotating halves: pairs (i, i + D/2).
-
-        cos and sin are float32 [T, D], both halves equal. Returns new q and k in their dtypes.
-        """
-
-    def write_kv(
+    @abstractmethod
+    def rope_and_write_kv(
         self,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
+        heads_TAD: torch.Tensor,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
         k_cache_PKSD: torch.Tensor,
         v_cache_PKSD: torch.Tensor,
         slots_T: torch.Tensor,
     ) -> None:
-        """Write this step's keys and values into the cache, which is mutated.
+        """Rotate queries and keys by their positions; write keys and values to the cache.
 
-        slots_T is int64: block × S + offset in the block; no slot occurs twice.
+        Rotary position embedding (Su et al. 2021), rotating halves: pairs (i, i + D/2).
+
+        Args:
+            heads_TAD: A = H + 2K: queries, keys, values, as one product gives them. Mutated: the
+                queries are rotated in place. The cache gets rotated keys, and values, in its own dtype.
+            cos_TD, sin_TD: float32, both halves equal.
+            k_cache_PKSD, v_cache_PKSD: mutated at ``slots`` and nowhere else.
+            slots_T: int64: block × S + offset in the block; no slot occurs twice.
         """
 
+    @abstractmethod
     def paged_attention(
         self,
         q_THD: torch.Tensor,
@@ -90,6 +127,7 @@ class KernelBackend(Protocol):
             out_THD: mutated, every element of it.
         """
 
+    @abstractmethod
     def silu_and_mul(self, gate_up_TI2: torch.Tensor) -> torch.Tensor:
         """SwiGLU's product (Shazeer 2020): ``silu(x[:, :I]) * x[:, I:]``. [T, 2I] → [T, I]."""
 
@@ -104,6 +142,39 @@ def check_paged_attention(
     out_THD: torch.Tensor,
 ) -> None:
     """Raise ValueError, naming the tensor, unless shapes and dtypes fit together."""
+    q_shape, cache_shape = q_THD.shape, k_cache_PKSD.shape
+    num_seqs = seq_lens_B.shape[0] if seq_lens_B.ndim == 1 else -1
+    # Every layer of every step comes by here: one expression, and a name for the fault only if there is one.
+    if not (
+        len(q_shape) == 3
+        and len(cache_shape) == 4
+        and cache_shape[2] == BLOCK_SIZE
+        and cache_shape[3] == q_shape[2]
+        and q_shape[1] % cache_shape[1] == 0
+        and v_cache_PKSD.shape == cache_shape
+        and out_THD.shape == q_shape
+        and block_tables_BM.ndim == 2
+        and block_tables_BM.shape[0] == num_seqs
+        and query_start_B1.ndim == 1
+        and query_start_B1.shape[0] == num_seqs + 1
+        and v_cache_PKSD.dtype == k_cache_PKSD.dtype
+        and out_THD.dtype == q_THD.dtype
+        and block_tables_BM.dtype == seq_lens_B.dtype == query_start_B1.dtype == torch.int32
+    ):
+        _name_the_fault(
+            q_THD, k_cache_PKSD, v_cache_PKSD, block_tables_BM, seq_lens_B, query_start_B1, out_THD
+        )
+
+
+def _name_the_fault(
+    q_THD: torch.Tensor,
+    k_cache_PKSD: torch.Tensor,
+    v_cache_PKSD: torch.Tensor,
+    block_tables_BM: torch.Tensor,
+    seq_lens_B: torch.Tensor,
+    query_start_B1: torch.Tensor,
+    out_THD: torch.Tensor,
+) -> None:
     _check_shape("q_THD", q_THD, (None, None, None))
     num_heads, head_dim = q_THD.shape[1:]
     _check_shape("k_cache_PKSD", k_cache_PKSD, (None, None, BLOCK_SIZE, head_dim))
@@ -137,13 +208,36 @@ def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ..
 
 
 def get_backend(name: str = "auto") -> KernelBackend:
-    """The backend called ``name``; ``"auto"`` is the fastest that this machine can run.
+    """The backend called ``name``; ``"auto"`` is the fastest on this machine's CPU.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: there is no such backend, or this machine can't run it.
     """
-    from minivllm_kernels.reference import ReferenceBackend
+    if name in available_backends():
+        return _make(name)
+    if name == "auto":
+        return _make(available_backends()[0])
+    raise ValueError(
+        f"no kernel backend {name!r} on this machine; there are: auto, {', '.join(available_backends())}"
+    )
 
-    if name in ("auto", "reference"):
+
+def available_backends() -> list[str]:
+    """Names of the backends that this machine can run, the fastest first.
+
+    ``reference`` always can; ``avx512``, ``avx2`` and ``portable`` are the C++ kernels, if they were
+    built, for the instruction sets that the CPU has.
+    """
+    from minivllm_kernels.cpu import instruction_sets
+
+    return [*instruction_sets(), "reference"]
+
+
+def _make(name: str) -> KernelBackend:
+    if name == "reference":
+        from minivllm_kernels.reference import ReferenceBackend
+
         return ReferenceBackend()
-    raise ValueError(f"no kernel backend {name!r}; there are: auto, reference")
+    from minivllm_kernels.cpu import CppBackend
+
+    return CppBackend(name)

@@ -11,16 +11,20 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 
-from minivllm_kernels.interface import BLOCK_SIZE, check_paged_attention
+from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, Weight, check_paged_attention
+from minivllm_kernels.packed import PackedWeight
 
 
-class ReferenceBackend:
+class ReferenceBackend(KernelBackend):
     """Plain torch."""
 
     name = "reference"
 
-    def linear(self, x_TN: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x_TN, weight, bias)
+    def linear(self, x_TN: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x_TN, _dense(weight, x_TN.dtype), bias)
+
+    def embedding(self, ids_T: torch.Tensor, weight: Weight) -> torch.Tensor:
+        return _dense(weight, torch.float32)[ids_T]
 
     def rms_norm(
         self, x_TN: torch.Tensor, weight_N: torch.Tensor, eps: float, residual_TN: torch.Tensor | None = None
@@ -31,26 +35,23 @@ class ReferenceBackend:
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return weight_N * normed.to(x_TN.dtype), x_TN
 
-    def rope(
-        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        def rotate(x: torch.Tensor) -> torch.Tensor:
-            cos, sin = cos_TD.to(x.dtype)[:, None], sin_TD.to(x.dtype)[:, None]
-            first, second = x.chunk(2, dim=-1)
-            return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-        return rotate(q_THD), rotate(k_TKD)
-
-    def write_kv(
+    def rope_and_write_kv(
         self,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
+        heads_TAD: torch.Tensor,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
         k_cache_PKSD: torch.Tensor,
         v_cache_PKSD: torch.Tensor,
         slots_T: torch.Tensor,
     ) -> None:
+        num_kv_heads = k_cache_PKSD.shape[1]
+        rotated_TAD, v_TKD = heads_TAD[:, :-num_kv_heads], heads_TAD[:, -num_kv_heads:]
+        cos, sin = cos_TD.to(heads_TAD.dtype)[:, None], sin_TD.to(heads_TAD.dtype)[:, None]
+        first, second = rotated_TAD.chunk(2, dim=-1)
+        rotated_TAD = rotated_TAD * cos + torch.cat((-second, first), dim=-1) * sin
+        heads_TAD[:, : -2 * num_kv_heads] = rotated_TAD[:, :-num_kv_heads]
         blocks, offsets = slots_T // BLOCK_SIZE, slots_T % BLOCK_SIZE
-        k_cache_PKSD[blocks, :, offsets] = k_TKD.to(k_cache_PKSD.dtype)
+        k_cache_PKSD[blocks, :, offsets] = rotated_TAD[:, -num_kv_heads:].to(k_cache_PKSD.dtype)
         v_cache_PKSD[blocks, :, offsets] = v_TKD.to(v_cache_PKSD.dtype)
 
     def paged_attention(
@@ -91,6 +92,11 @@ class ReferenceBackend:
     def silu_and_mul(self, gate_up_TI2: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up_TI2.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+
+def _dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """A packed weight is expanded anew for every call: slow, and exact."""
+    return weight.read().dequantize().to(dtype) if isinstance(weight, PackedWeight) else weight
 
 
 def _attend(

@@ -65,12 +65,15 @@ def plan_memory(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     weights: int,
     max_num_batched_tokens: int,
 ) -> MemoryLedger:
     """Decide the number of KV blocks and the longest sequence.
 
     Args:
+        dtype: of activations.
+        kv_dtype: of the KV cache.
         weights: bytes of the loaded weights; they are allocated already.
         max_num_batched_tokens: of one step; sets the workspace.
 
@@ -84,7 +87,7 @@ def plan_memory(
             f"--max-model-len must be at most {model.max_position_embeddings}, the context this model was "
             f"made for, got {config.max_model_len}"
         )
-    per_block = block_bytes(model, dtype)
+    per_block = block_bytes(model, kv_dtype)
     workspace = _workspace(model, dtype, max_num_batched_tokens, config.max_num_seqs)
     free, total = _device_memory(device)
     if device.type == "cuda":

@@ -27,13 +27,16 @@ class TorchRunner:
     Args:
         model: with its weights loaded.
         num_blocks: of the KV pool, which is allocated here.
+        kv_dtype: of the KV pool.
         eos_token_ids: masked while a request has fewer than ``min_tokens`` tokens.
     """
 
-    def __init__(self, model: Llama, *, num_blocks: int, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, model: Llama, *, num_blocks: int, kv_dtype: torch.dtype, eos_token_ids: frozenset[int]
+    ) -> None:
         self.model = model
         self.eos_token_ids = eos_token_ids
-        self.device = model.embedding.device
+        self.device = model.placement.device
         config = model.config
         # One tensor, so that it is one allocation; empty, so that memory is taken as blocks are used.
         pool = torch.empty(
@@ -43,7 +46,7 @@ class TorchRunner:
             config.num_kv_heads,
             BLOCK_SIZE,
             config.head_dim,
-            dtype=model.embedding.dtype,
+            dtype=kv_dtype,
             device=self.device,
         )
         self.caches = [LayerCache(layer[0], layer[1]) for layer in pool]

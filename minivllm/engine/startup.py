@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from minivllm_kernels import get_backend
+from minivllm_kernels import KernelBackend, PackedRows, available_backends, get_backend
 
 from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
@@ -19,7 +19,7 @@ from minivllm.models.layers import Placement
 from minivllm.models.llama import Llama
 from minivllm.request import EngineInfo
 from minivllm.weights.files import ModelFiles
-from minivllm.weights.loader import check_and_iterate
+from minivllm.weights.loader import check_and_iterate, stored_bits
 
 logger = logging.getLogger(__name__)
 
@@ -47,30 +47,36 @@ def build_engine(config: EngineConfig, files: ModelFiles) -> Engine:
 
 
 def load_model(config: EngineConfig, files: ModelFiles) -> Llama:
-    """A model with its weights, on the device and in the dtype that ``config`` asks for."""
+    """A model with its weights, on the device and in the form that ``config`` asks for."""
     from tqdm import tqdm
 
     device = _device(config.device)
-    placement = Placement(device, _dtype(config.dtype, files, device), get_backend("auto"))
-    model = Llama(files.config, placement)
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
+    dtype = _dtype(config.dtype, files, device)
+    kernels = _kernels(device, dtype)
+    model = Llama(files.config, Placement(device, dtype, kernels, _bits_of(config, files, kernels)))
     slots = model.weight_slots()
     expected = {name: tuple(slot.shape) for name, slot in slots.items()}
-    weights = check_and_iterate(files, expected)
+    packed = frozenset(name for name, slot in slots.items() if isinstance(slot, PackedRows))
+    weights = check_and_iterate(files, expected, packed)
     # disable=None: no bar where standard error isn't a terminal.
     for name, tensor in tqdm(weights, "weights", total=len(slots), unit="tensor", leave=False, disable=None):
-        slots[name].copy_(tensor)
+        slots[name].copy_(tensor)  # type: ignore[arg-type]  # quantised ones go to packed slots only
     return model
 
 
 def make_engine(config: EngineConfig, files: ModelFiles, model: Llama) -> Engine:
     """Size and allocate the KV pool, print the memory ledger, and build the engine."""
-    device, dtype = model.embedding.device, model.embedding.dtype
+    device, dtype = model.placement.device, model.placement.dtype
+    kv_dtype = _kv_dtype(config.kv_cache_dtype, model)
     max_num_batched_tokens = config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
     ledger = plan_memory(
         config,
         files.config,
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         weights=model.num_weight_bytes,
         max_num_batched_tokens=max_num_batched_tokens,
     )
@@ -86,7 +92,7 @@ def make_engine(config: EngineConfig, files: ModelFiles, model: Llama) -> Engine
     eos_token_ids = frozenset(files.config.eos_token_ids)
     return Engine(
         config,
-        TorchRunner(model, num_blocks=ledger.num_blocks, eos_token_ids=eos_token_ids),
+        TorchRunner(model, num_blocks=ledger.num_blocks, kv_dtype=kv_dtype, eos_token_ids=eos_token_ids),
         EngineInfo(ledger.max_model_len, files.config.vocab_size),
         num_blocks=ledger.num_blocks,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -109,4 +115,47 @@ def _dtype(name: str, files: ModelFiles, device: torch.device) -> torch.dtype:
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"--dtype {name} is not a dtype")
+    return dtype
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> KernelBackend:
+    """The fastest kernels for device and dtype; logs which, and what their lack costs."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return get_backend("reference")
+    kernels = get_backend("auto")
+    if kernels.name == "reference":
+        logger.warning(
+            "kernels: plain torch, because the C++ ones aren't built: several times slower, and quantised "
+            "weights are expanded to float32; with a C++ compiler present, install minivllm again"
+        )
+    else:
+        others = [name for name in available_backends() if name not in (kernels.name, "reference")]
+        logger.info(
+            "kernels: C++ for %s (of %s), %d threads",
+            kernels.name,
+            ", ".join([kernels.name, *others]),
+            torch.get_num_threads(),
+        )
+    return kernels
+
+
+def _bits_of(config: EngineConfig, files: ModelFiles, kernels: KernelBackend) -> Callable[[str], int | None]:
+    """How many bits each matrix is kept in, None for all of ``--dtype``."""
+    can_pack = kernels.name != "reference"
+    if config.quantization == "int8":
+        if not can_pack:
+            raise ConfigError(
+                "--quantization int8 needs --device cpu, --dtype float32 and the C++ kernels; "
+                "use auto or none"
+            )
+        return lambda name: 8
+    if config.quantization == "auto" and can_pack:
+        return lambda name: stored_bits(files, name)
+    return lambda name: None
+
+
+def _kv_dtype(name: str, model: Llama) -> torch.dtype:
+    if name == "auto":
+        return torch.float16 if model.is_packed else model.placement.dtype
+    dtype: torch.dtype = getattr(torch, name)
     return dtype

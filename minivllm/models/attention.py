@@ -8,7 +8,7 @@ import torch
 
 from minivllm.engine.batch import FlatBatch
 from minivllm.models.config import ModelConfig
-from minivllm.models.layers import Linear, Placement
+from minivllm.models.layers import Linear, NormedLinear, Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,41 +20,47 @@ class LayerCache:
 
 
 class Attention:
-    """Q, K and V in one product; rotate; write K and V to the cache; attend to what is there."""
+    """Norm; Q, K and V in one product; rotate; write K and V to the cache; attend to what is there."""
 
-    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+    def __init__(self, prefix: str, config: ModelConfig, placement: Placement) -> None:
         self.kernels = placement.kernels
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        bias = config.attention_bias
-        self.qkv_proj = Linear(config.hidden_size, q_size, kv_size, kv_size, bias=bias, placement=placement)
-        self.o_proj = Linear(q_size, config.hidden_size, bias=bias, placement=placement)
+        name, bias = f"{prefix}.self_attn", config.attention_bias
+        self.qkv_proj = NormedLinear(
+            f"{prefix}.input_layernorm",
+            {f"{name}.q_proj": q_size, f"{name}.k_proj": kv_size, f"{name}.v_proj": kv_size},
+            config.hidden_size,
+            eps=config.rms_norm_eps,
+            bias=bias,
+            placement=placement,
+        )
+        self.o_proj = Linear({f"{name}.o_proj": config.hidden_size}, q_size, bias=bias, placement=placement)
 
     def __call__(
         self,
         x_TN: torch.Tensor,
+        residual_TN: torch.Tensor | None,
         cos_TD: torch.Tensor,
         sin_TD: torch.Tensor,
         batch: FlatBatch,
         cache: LayerCache,
-    ) -> torch.Tensor:
-        """Returns [T, N]; ``cache`` is mutated at ``batch.slots_T``."""
-        heads = self.qkv_proj(x_TN).view(x_TN.shape[0], -1, self.head_dim)
-        q_THD, k_TKD, v_TKD = torch.split(
-            heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1
-        )
-        q_THD, k_TKD = self.kernels.rope(q_THD, k_TKD, cos_TD, sin_TD)
-        self.kernels.write_kv(k_TKD, v_TKD, cache.k_PKSD, cache.v_PKSD, batch.slots_T)
-        out_THD = torch.empty_like(q_THD)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (output [T, N], ``x + residual``); ``cache`` is mutated at ``batch.slots_T``."""
+        qkv, residual_TN = self.qkv_proj(x_TN, residual_TN)
+        heads_TAD = qkv.view(x_TN.shape[0], -1, self.head_dim)
+        k_cache_PKSD, v_cache_PKSD = cache.k_PKSD, cache.v_PKSD
+        self.kernels.rope_and_write_kv(heads_TAD, cos_TD, sin_TD, k_cache_PKSD, v_cache_PKSD, batch.slots_T)
+        out = qkv.new_empty((x_TN.shape[0], self.num_heads * self.head_dim))
         self.kernels.paged_attention(
-            q_THD,
-            cache.k_PKSD,
-            cache.v_PKSD,
+            heads_TAD[:, : self.num_heads],
+            k_cache_PKSD,
+            v_cache_PKSD,
             batch.block_tables_BM,
             batch.seq_lens_B,
             batch.query_start_B1,
             scale=self.head_dim**-0.5,
-            out_THD=out_THD,
+            out_THD=out.view(x_TN.shape[0], self.num_heads, self.head_dim),
         )
-        return self.o_proj(out_THD.flatten(1))
+        return self.o_proj(out), residual_TN

@@ -3,61 +3,115 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from minivllm_kernels import KernelBackend
+from minivllm_kernels import KernelBackend, PackedRows, PackedWeight, Weight
 
 from minivllm.models.config import RopeConfig
+
+WeightSlot = torch.Tensor | PackedRows
+"""Where a checkpoint's tensor is copied to, with ``shape`` and ``copy_``."""
+
+
+def _never_packed(name: str) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model's weights live, and what computes on them."""
+    """Where a model's weights live, in what form, and what computes on them."""
 
     device: torch.device
     dtype: torch.dtype
     kernels: KernelBackend
+    bits_of: Callable[[str], int | None] = _never_packed
+    """4 or 8 for a matrix (by its Hugging Face name) that is kept packed, None for one in ``dtype``."""
 
     def empty(self, *shape: int) -> torch.Tensor:
-        """An uninitialised weight."""
+        """An uninitialised weight in ``dtype``."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def matrix(self, names: Iterable[str], rows: int, columns: int) -> Weight:
+        """An uninitialised matrix for the tensors ``names``, below each other: packed if all of them are."""
+        bits = [self.bits_of(name) for name in names]
+        known = [value for value in bits if value is not None]
+        if len(known) < len(bits):
+            return self.empty(rows, columns)
+        return PackedWeight(rows, columns, max(known))
 
 
 class Linear:
     """``x @ weight.T + bias``, several projections of the same input fused into one product.
 
-    ``sizes`` are the projections' rows, top to bottom; :meth:`shard` is where a checkpoint's
-    tensor for one of them goes.
+    Args:
+        projections: Hugging Face name, without ``.weight``, to number of rows; top to bottom.
     """
 
-    def __init__(self, in_features: int, *sizes: int, bias: bool, placement: Placement) -> None:
-        self.sizes = sizes
+    def __init__(
+        self, projections: dict[str, int], in_features: int, *, bias: bool, placement: Placement
+    ) -> None:
+        self.projections = projections
         self.kernels = placement.kernels
-        self.weight = placement.empty(sum(sizes), in_features)
-        self.bias = placement.empty(sum(sizes)) if bias else None
-
-    def shard(self, index: int, name: str) -> torch.Tensor:
-        """The rows of projection ``index`` in ``"weight"`` or ``"bias"``, as a view to copy into."""
-        parameter: torch.Tensor = getattr(self, name)
-        return parameter.narrow(0, sum(self.sizes[:index]), self.sizes[index])
+        rows = sum(projections.values())
+        self.weight = placement.matrix((f"{name}.weight" for name in projections), rows, in_features)
+        self.bias = placement.empty(rows) if bias else None
 
     def __call__(self, x_TN: torch.Tensor) -> torch.Tensor:
         return self.kernels.linear(x_TN, self.weight, self.bias)
 
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        """Where each projection's tensors go, by their names."""
+        slots: dict[str, WeightSlot] = {}
+        start = 0
+        for name, rows in self.projections.items():
+            slots[f"{name}.weight"] = matrix_slot(self.weight, start, rows)
+            if self.bias is not None:
+                slots[f"{name}.bias"] = self.bias[start : start + rows]
+            start += rows
+        return slots
 
-class RMSNorm:
-    """RMSNorm of ``x + residual``; returns (normalised, ``x + residual``)."""
 
-    def __init__(self, size: int, eps: float, placement: Placement) -> None:
-        self.eps = eps
-        self.kernels = placement.kernels
-        self.weight = placement.empty(size)
+class NormedLinear(Linear):
+    """RMSNorm of ``x + residual``, then :class:`Linear`; returns (product, ``x + residual``)."""
 
-    def __call__(
-        self, x_TN: torch.Tensor, residual_TN: torch.Tensor | None = None
+    def __init__(
+        self,
+        norm: str,
+        projections: dict[str, int],
+        in_features: int,
+        *,
+        eps: float,
+        bias: bool,
+        placement: Placement,
+    ) -> None:
+        super().__init__(projections, in_features, bias=bias, placement=placement)
+        self.norm, self.eps = norm, eps
+        self.norm_weight = placement.empty(in_features)
+
+    def __call__(  # type: ignore[override]  # a residual comes in and goes out
+        self, x_TN: torch.Tensor, residual_TN: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.kernels.rms_norm(x_TN, self.weight, self.eps, residual_TN)
+        return self.kernels.rms_norm_linear(
+            x_TN, residual_TN, self.norm_weight, self.eps, self.weight, self.bias
+        )
+
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        """The norm's too."""
+        return {f"{self.norm}.weight": self.norm_weight, **super().weight_slots()}
+
+
+def matrix_slot(weight: Weight, start: int, rows: int) -> WeightSlot:
+    """Rows [start, start + rows) of a matrix, to copy a tensor into."""
+    return (
+        PackedRows(weight, start, rows) if isinstance(weight, PackedWeight) else weight[start : start + rows]
+    )
+
+
+def slot_bytes(slot: WeightSlot) -> int:
+    """Memory behind a slot."""
+    return slot.num_bytes if isinstance(slot, PackedRows) else slot.numel() * slot.element_size()
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:

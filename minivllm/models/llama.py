@@ -7,34 +7,52 @@ V vocabulary.
 from __future__ import annotations
 
 import torch
+from minivllm_kernels import PackedRows
 
 from minivllm.engine.batch import FlatBatch
 from minivllm.models.attention import Attention, LayerCache
 from minivllm.models.config import ModelConfig
-from minivllm.models.layers import Linear, Placement, RMSNorm, RotaryEmbedding
+from minivllm.models.layers import (
+    Linear,
+    NormedLinear,
+    Placement,
+    RotaryEmbedding,
+    WeightSlot,
+    matrix_slot,
+    slot_bytes,
+)
 
 
 class MLP:
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+    """Norm, then SwiGLU: ``down(silu(gate(x)) * up(x))``."""
 
-    def __init__(self, config: ModelConfig, placement: Placement) -> None:
-        size, bias = config.intermediate_size, config.mlp_bias
+    def __init__(self, prefix: str, config: ModelConfig, placement: Placement) -> None:
+        size, name, bias = config.intermediate_size, f"{prefix}.mlp", config.mlp_bias
         self.kernels = placement.kernels
-        self.gate_up_proj = Linear(config.hidden_size, size, size, bias=bias, placement=placement)
-        self.down_proj = Linear(size, config.hidden_size, bias=bias, placement=placement)
+        self.gate_up_proj = NormedLinear(
+            f"{prefix}.post_attention_layernorm",
+            {f"{name}.gate_proj": size, f"{name}.up_proj": size},
+            config.hidden_size,
+            eps=config.rms_norm_eps,
+            bias=bias,
+            placement=placement,
+        )
+        self.down_proj = Linear(
+            {f"{name}.down_proj": config.hidden_size}, size, bias=bias, placement=placement
+        )
 
-    def __call__(self, x_TN: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(x_TN)))
+    def __call__(self, x_TN: torch.Tensor, residual_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_up, residual_TN = self.gate_up_proj(x_TN, residual_TN)
+        out_TN = self.kernels.silu_and_mul_linear(gate_up, self.down_proj.weight, self.down_proj.bias)
+        return out_TN, residual_TN
 
 
 class LlamaLayer:
-    """Pre-norm attention, then pre-norm MLP; the sum so far travels beside as ``residual``."""
+    """Attention, then MLP, each after a norm; the sum so far travels beside as ``residual``."""
 
-    def __init__(self, config: ModelConfig, placement: Placement) -> None:
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
-        self.attention = Attention(config, placement)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
-        self.mlp = MLP(config, placement)
+    def __init__(self, prefix: str, config: ModelConfig, placement: Placement) -> None:
+        self.attention = Attention(prefix, config, placement)
+        self.mlp = MLP(prefix, config, placement)
 
     def __call__(
         self,
@@ -45,10 +63,8 @@ class LlamaLayer:
         batch: FlatBatch,
         cache: LayerCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TN, residual_TN = self.input_norm(x_TN, residual_TN)
-        x_TN = self.attention(x_TN, cos_TD, sin_TD, batch, cache)
-        x_TN, residual_TN = self.post_attention_norm(x_TN, residual_TN)
-        return self.mlp(x_TN), residual_TN
+        x_TN, residual_TN = self.attention(x_TN, residual_TN, cos_TD, sin_TD, batch, cache)
+        return self.mlp(x_TN, residual_TN)
 
 
 class Llama:
@@ -56,53 +72,58 @@ class Llama:
 
     def __init__(self, config: ModelConfig, placement: Placement) -> None:
         self.config = config
+        self.placement = placement
         self.kernels = placement.kernels
-        self.embedding = placement.empty(config.vocab_size, config.hidden_size)
+        shape = config.vocab_size, config.hidden_size
+        self.embedding = placement.matrix(["model.embed_tokens.weight"], *shape)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, placement.device)
-        self.layers = [LlamaLayer(config, placement) for _ in range(config.num_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
+        self.layers = [
+            LlamaLayer(f"model.layers.{number}", config, placement) for number in range(config.num_layers)
+        ]
+        self.norm_weight = placement.empty(config.hidden_size)
         self.lm_head = self.embedding
         if not config.tie_word_embeddings:
-            self.lm_head = torch.empty_like(self.embedding)
+            self.lm_head = placement.matrix(["lm_head.weight"], *shape)
 
     def __call__(self, batch: FlatBatch, caches: list[LayerCache]) -> torch.Tensor:
         """One step. Writes this step's keys and values to ``caches``; returns logits [L, V]."""
         cos_TD, sin_TD = self.rotary(batch.positions_T)
-        x_TN = self.embedding[batch.input_ids_T]
+        x_TN = self.kernels.embedding(batch.input_ids_T, self.embedding)
         residual_TN: torch.Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
             x_TN, residual_TN = layer(x_TN, residual_TN, cos_TD, sin_TD, batch, cache)
         # Only the last token of each sequence that gets a new one needs the large product.
         last_L = batch.logits_index_L
-        x_LN, _ = self.norm(x_TN[last_L], None if residual_TN is None else residual_TN[last_L])
-        return self.kernels.linear(x_LN, self.lm_head, None)
+        logits_LV, _ = self.kernels.rms_norm_linear(
+            x_TN[last_L],
+            None if residual_TN is None else residual_TN[last_L],
+            self.norm_weight,
+            self.config.rms_norm_eps,
+            self.lm_head,
+        )
+        return logits_LV
 
-    def weight_slots(self) -> dict[str, torch.Tensor]:
-        """Where each checkpoint tensor goes, by its Hugging Face name: views to copy into."""
-        slots: dict[str, torch.Tensor] = {
-            "model.embed_tokens.weight": self.embedding,
-            "model.norm.weight": self.norm.weight,
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        """Where each checkpoint tensor goes, by its Hugging Face name."""
+        vocab_size = self.config.vocab_size
+        slots: dict[str, WeightSlot] = {
+            "model.embed_tokens.weight": matrix_slot(self.embedding, 0, vocab_size),
+            "model.norm.weight": self.norm_weight,
         }
         if not self.config.tie_word_embeddings:
-            slots["lm_head.weight"] = self.lm_head
-
-        def add(prefix: str, linear: Linear, *names: str) -> None:
-            for index, name in enumerate(names):
-                slots[f"{prefix}.{name}.weight"] = linear.shard(index, "weight")
-                if linear.bias is not None:
-                    slots[f"{prefix}.{name}.bias"] = linear.shard(index, "bias")
-
-        for number, layer in enumerate(self.layers):
-            prefix = f"model.layers.{number}"
-            slots[f"{prefix}.input_layernorm.weight"] = layer.input_norm.weight
-            slots[f"{prefix}.post_attention_layernorm.weight"] = layer.post_attention_norm.weight
-            add(f"{prefix}.self_attn", layer.attention.qkv_proj, "q_proj", "k_proj", "v_proj")
-            add(f"{prefix}.self_attn", layer.attention.o_proj, "o_proj")
-            add(f"{prefix}.mlp", layer.mlp.gate_up_proj, "gate_proj", "up_proj")
-            add(f"{prefix}.mlp", layer.mlp.down_proj, "down_proj")
+            slots["lm_head.weight"] = matrix_slot(self.lm_head, 0, vocab_size)
+        for layer in self.layers:
+            attention, mlp = layer.attention, layer.mlp
+            for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+                slots |= linear.weight_slots()
         return slots
 
     @property
     def num_weight_bytes(self) -> int:
         """Memory of all weights."""
-        return sum(slot.numel() * slot.element_size() for slot in self.weight_slots().values())
+        return sum(slot_bytes(slot) for slot in self.weight_slots().values())
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any of its matrices is kept in 4 or 8 bits."""
+        return any(isinstance(slot, PackedRows) for slot in self.weight_slots().values())

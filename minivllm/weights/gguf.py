@@ -22,10 +22,12 @@ from minivllm.weights.gguf_header import GGUFTensor, read_header
 
 if TYPE_CHECKING:
     import torch
+    from minivllm_kernels import QuantizedRows
 
     from minivllm.models.config import ModelConfig
 
 _PLAIN_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}  # numpy has no bfloat16
+_BLOCKS = {"Q4_0": (4, 1), "Q4_1": (4, 2), "Q8_0": (8, 1)}  # bits of a value, numbers (d, m) beside them
 _ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, not a weight
 
 _HF_NAMES = {
@@ -81,19 +83,29 @@ class GGUFFile:
             raise ModelLoadError(f"{self.path}: {_ROPE_FACTORS} must be F32, got {tensor.type}")
         return tuple(self._bytes(tensor).view(np.float32).tolist())
 
-    def iter_tensors(self, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    def packed_bits(self, name: str) -> int | None:
+        """Bits in which the kernels can keep a weight, by Hugging Face name; None if it is not quantised."""
+        tensor = self._weights.get(name)
+        if tensor is None or tensor.type in _PLAIN_TYPES:
+            return None
+        return 4 if tensor.type in ("Q4_0", "Q4_1") else 8
+
+    def iter_tensors(
+        self, config: ModelConfig, packed: frozenset[str] = frozenset()
+    ) -> Iterator[tuple[str, torch.Tensor | QuantizedRows]]:
         """Every weight as (Hugging Face name, tensor), in file order.
 
-        F16 and BF16 keep their type, everything else becomes float32. ``config`` tells the numbers
-        of heads, which un-permuting the query and key rows takes. Threads read a few tensors ahead
-        of the caller and no more: memory stays flat.
+        F16 and BF16 keep their type; quantised ones become float32, except that those whose names
+        are in ``packed`` stay as they are where the kernels have such blocks. ``config`` tells the
+        numbers of heads, which un-permuting the query and key rows takes. Threads read a few tensors
+        ahead of the caller and no more: memory stays flat.
         """
         num_threads = min(4, max(1, (os.cpu_count() or 1) - 1))  # a core is left for the caller
-        pending: deque[tuple[str, Future[torch.Tensor]]] = deque()
+        pending: deque[tuple[str, Future[torch.Tensor | QuantizedRows]]] = deque()
         with ThreadPoolExecutor(num_threads) as pool:
             try:
                 for name, tensor in self._weights.items():
-                    pending.append((name, pool.submit(self._load, tensor, config)))
+                    pending.append((name, pool.submit(self._load, tensor, config, name in packed)))
                     if len(pending) > num_threads:
                         ready, future = pending.popleft()
                         yield ready, future.result()
@@ -102,7 +114,7 @@ class GGUFFile:
             finally:  # also when the caller stops half-way
                 pool.shutdown(cancel_futures=True)
 
-    def _load(self, tensor: GGUFTensor, config: ModelConfig) -> torch.Tensor:
+    def _load(self, tensor: GGUFTensor, config: ModelConfig, is_packed: bool) -> torch.Tensor | QuantizedRows:
         import torch
 
         is_plain = tensor.type in _PLAIN_TYPES
@@ -114,6 +126,8 @@ class GGUFFile:
             rows = self._unpermute(tensor, rows, config.num_heads)
         elif ".attn_k." in tensor.name:
             rows = self._unpermute(tensor, rows, config.num_kv_heads)
+        if is_packed and tensor.type in _BLOCKS:
+            return _quantized_rows(rows, tensor)
         if not is_plain:
             return torch.from_numpy(_dequantize(rows, tensor.type).reshape(tensor.shape))
         values = torch.from_numpy(rows.copy())  # the mapping is read-only, a tensor is not
@@ -175,6 +189,22 @@ def _hf_name(name: str) -> str:
         if match is not None and match[2] in _HF_LAYER_NAMES:
             return f"model.layers.{match[1]}.{_HF_LAYER_NAMES[match[2]]}.{suffix}"
     return name
+
+
+def _quantized_rows(rows: NDArray[np.uint8], tensor: GGUFTensor) -> QuantizedRows:
+    """Blocks of 32 columns as llama.cpp lays them out (ggml-common.h): d, perhaps m, then values."""
+    import torch
+    from minivllm_kernels import QuantizedRows
+
+    bits, num_numbers = _BLOCKS[tensor.type]
+    num_bytes = 2 * num_numbers + 4 * bits
+    blocks = torch.from_numpy(rows.reshape(len(rows), -1, num_bytes).copy())
+    numbers = blocks[..., : 2 * num_numbers].contiguous().view(torch.float16)
+    values, scales = blocks[..., 2 * num_numbers :].contiguous(), numbers[..., 0]
+    if bits == 8:
+        return QuantizedRows(8, tensor.shape[1], values.view(torch.int8), scales, None)
+    mins = numbers[..., 1] if num_numbers == 2 else -8 * scales
+    return QuantizedRows(4, tensor.shape[1], values, scales, mins)
 
 
 def _dequantize(rows: NDArray[np.uint8], tensor_type: str) -> NDArray[np.float32]:

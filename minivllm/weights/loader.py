@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from minivllm_kernels import QuantizedRows
 from safetensors import SafetensorError, safe_open
 
 from minivllm.errors import ModelLoadError
@@ -19,15 +20,16 @@ _MAX_LISTED = 5
 
 
 def check_and_iterate(
-    files: ModelFiles, expected: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+    files: ModelFiles, expected: Mapping[str, tuple[int, ...]], packed: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, torch.Tensor | QuantizedRows]]:
     """Yield each tensor of ``expected`` (Hugging Face name → shape) exactly once, on the CPU, in file order.
 
     There are ``len(expected)`` of them, for a progress bar.
     Names and shapes are compared when this is called, from the files' headers alone: a wrong
     checkpoint fails before any data is read. Tensors are float32, float16 or bfloat16, as stored;
-    quantised and dummy ones are float32. Two kinds of extra tensor are skipped: ``lm_head.weight``
-    where the embeddings are tied, and the ``rotary_emb.inv_freq`` that old checkpoints carry.
+    quantised and dummy ones are float32, except that a quantised one in ``packed`` stays so. Two kinds
+    of extra tensor are skipped: ``lm_head.weight`` where the embeddings are tied, and the
+    ``rotary_emb.inv_freq`` that old checkpoints carry.
 
     Raises:
         ModelLoadError: missing, extra or misshapen tensors, with their names and shapes; or files
@@ -47,11 +49,15 @@ def check_and_iterate(
     if any(names for _, names in faults):
         listed = "; ".join(f"{len(names)} {fault}: {_list(names)}" for fault, names in faults if names)
         raise ModelLoadError(f"{files.path}: the tensors don't fit the configuration: {listed}")
-    return ((name, tensor) for name, tensor in iter_weights(files) if name in expected)
+    return ((name, tensor) for name, tensor in iter_weights(files, packed) if name in expected)
 
 
-def iter_weights(files: ModelFiles) -> Iterator[tuple[str, torch.Tensor]]:
+def iter_weights(
+    files: ModelFiles, packed: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, torch.Tensor | QuantizedRows]]:
     """Every tensor in the files, as (Hugging Face name, tensor on the CPU), unchecked and in file order.
+
+    Those in ``packed`` stay quantised where the file has them so.
 
     Raises:
         ModelLoadError: a file can't be read, or there are none (dummy).
@@ -63,8 +69,17 @@ def iter_weights(files: ModelFiles) -> Iterator[tuple[str, torch.Tensor]]:
     if files.kind == "gguf":
         from minivllm.weights.gguf import open_gguf
 
-        return open_gguf(files.path).iter_tensors(files.config)
+        return open_gguf(files.path).iter_tensors(files.config, packed)
     return _iter_safetensors(files.path)
+
+
+def stored_bits(files: ModelFiles, name: str) -> int | None:
+    """In how many bits the kernels could keep a tensor of a quantised file, 4 or 8; None for all others."""
+    if files.kind != "gguf":
+        return None
+    from minivllm.weights.gguf import open_gguf
+
+    return open_gguf(files.path).packed_bits(name)
 
 
 def _shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:

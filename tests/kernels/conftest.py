@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from minivllm_kernels import KernelBackend, get_backend
+from minivllm_kernels import KernelBackend, available_backends, get_backend
 
-BACKENDS = {"reference": "cpu"}
+BACKENDS = dict.fromkeys(available_backends(), "cpu")
 """Name of each backend that this machine can run, and the device that its tensors live on."""
 
 

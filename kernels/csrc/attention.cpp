@@ -1,0 +1,391 @@
+// Paged attention for decode, prefill and mixed batches, straight from the block tables.
+//
+// A tile is up to 32 rows, a row being one query token of one query head; all query heads that share a
+// KV head are rows of the same tiles, so that each block is read once for all of them. A tile walks over its
+// sequence's keys 64 at a time with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022), and
+// starts afresh every 512 keys: such a range is a partial result, and ranges are merged in order.
+// Where there are fewer tiles than threads could use, the ranges of one tile are computed in parallel
+// (Flash-Decoding, Dao et al. 2023) and merged afterwards.
+//
+// Ranges begin at multiples of 512 and a row's arithmetic involves no other row, so that a token's result is
+// the same to the bit in a prefill, a chunk of one or a decode, alone or in company.
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+#include "simd.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace minivllm::ISA {
+
+namespace {
+
+constexpr int kBlockSize = 16;
+constexpr int kTileRows = 32;
+constexpr int kTileKeys = 64;
+constexpr int kRangeKeys = 512;
+constexpr int kMicroRows = 4;  // rows whose sums are kept in registers
+
+struct Arguments {
+    const float* q;
+    int64_t q_stride;
+    const int32_t* tables;
+    int64_t table_stride;
+    const int32_t *seq_lens, *query_start;
+    int64_t num_seqs, heads, kv_heads, head_dim;
+    float scale;
+    float* out;
+    int64_t out_stride;
+
+    int64_t group() const { return heads / kv_heads; }
+    int64_t padded_dim() const { return (head_dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
+};
+
+// The work of one tile: rows [row, row + rows) of sequence and KV head. Row r is the sequence's query
+// r / group, in the head's r % group-th query head.
+struct Tile {
+    int32_t sequence, kv_head, row, rows;
+    int32_t num_ranges;
+};
+
+// The running softmax of some rows: largest score, sum of weights, weighted sum of values [rows, padded_dim].
+struct Softmax {
+    float *largest, *total, *values;
+
+    void reset(int64_t rows, int64_t dim) const {
+        std::fill(largest, largest + rows, kMinusInfinity);
+        std::fill(total, total + rows, 0.0f);
+        std::fill(values, values + rows * dim, 0.0f);
+    }
+};
+
+int64_t softmax_floats(int64_t dim) { return kTileRows * (dim + 2); }
+
+Softmax softmax_at(float* memory) { return {memory, memory + kTileRows, memory + 2 * kTileRows}; }
+
+// One block's keys or values [16, dim] as floats [16, padded], zeros past dim.
+template <class T>
+void widen(const T* from, int64_t dim, int64_t padded, float* to) {
+    for (int slot = 0; slot < kBlockSize; ++slot)
+        for (int64_t d = 0; d < padded; ++d) to[slot * padded + d] = d < dim ? to_float(from[slot * dim + d]) : 0.0f;
+}
+
+INLINE void prefetch(const void* block, int64_t start, int64_t bytes) {
+    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch((const char*)block + start + offset);
+}
+
+// scores[row, key] = q[row] · keys[key] for N rows and one block's 16 keys. q is [rows, dim], keys
+// [16, dim], scores has kTileKeys columns. On the way it asks for the memory that comes next, a little at a
+// time, since a burst of requests would stall the CPU: `next` and `after` are null or two more blocks.
+template <int N, class T>
+INLINE void score_rows(const float* q, const T* keys, int64_t dim, float* scores, const void* next,
+                       const void* after, int64_t bytes_per_slot) {
+    // As many sums at once as hide the latency of a multiply-add and still fit into registers.
+    constexpr int kKeys = N == 1 ? 8 : N == 4 ? 2 : 4;
+    for (int first = 0; first < kBlockSize; first += kKeys) {
+        if (next != nullptr) prefetch(next, first * bytes_per_slot, kKeys * bytes_per_slot);
+        if (after != nullptr) prefetch(after, first * bytes_per_slot, kKeys * bytes_per_slot);
+        Vec sums[N * kKeys] = {};
+        for (int64_t d = 0; d < dim; d += kLanes) {
+            Vec x[N];
+            for (int n = 0; n < N; ++n) x[n] = load(q + n * dim + d);
+            for (int k = 0; k < kKeys; ++k) {
+                Vec key = load(keys + (first + k) * dim + d);
+                for (int n = 0; n < N; ++n) sums[n * kKeys + k] = fma(x[n], key, sums[n * kKeys + k]);
+            }
+        }
+        float totals[N * kKeys];
+        for (int i = 0; i < N * kKeys; i += 4) sum_lanes4(sums + i, totals + i);
+        for (int n = 0; n < N; ++n)
+            for (int k = 0; k < kKeys; ++k) scores[n * kTileKeys + first + k] = totals[n * kKeys + k];
+    }
+}
+
+// sums[row] += weights[row] · values for N rows and `keys` of one block's values [16, dim].
+template <int N, class T>
+INLINE void weigh_rows(const float* weights, const T* values, int64_t keys, int64_t dim, float* sums) {
+    for (int64_t d = 0; d < dim; d += 2 * kLanes) {
+        Vec low[N], high[N];
+        for (int n = 0; n < N; ++n) {
+            low[n] = load(sums + n * dim + d);
+            high[n] = load(sums + n * dim + d + kLanes);
+        }
+        for (int64_t key = 0; key < keys; ++key) {
+            Vec v0 = load(values + key * dim + d), v1 = load(values + key * dim + d + kLanes);
+            for (int n = 0; n < N; ++n) {
+                Vec weight = broadcast(weights[n * kTileKeys + key]);
+                low[n] = fma(weight, v0, low[n]);
+                high[n] = fma(weight, v1, high[n]);
+            }
+        }
+        for (int n = 0; n < N; ++n) {
+            store(sums + n * dim + d, low[n]);
+            store(sums + n * dim + d + kLanes, high[n]);
+        }
+    }
+}
+
+// run(std::integral_constant<int, N>, first row) for all rows, N at a time.
+template <class Run>
+INLINE void for_rows(int64_t rows, Run run) {
+    int64_t row = 0;
+    for (; row + kMicroRows <= rows; row += kMicroRows) run(std::integral_constant<int, kMicroRows>{}, row);
+    if (rows - row == 3) run(std::integral_constant<int, 3>{}, row);
+    if (rows - row == 2) run(std::integral_constant<int, 2>{}, row);
+    if (rows - row == 1) run(std::integral_constant<int, 1>{}, row);
+}
+
+// Scores become weights e^(score - largest); what was summed up so far is rescaled where the largest grew.
+// A row sees its first `visible` keys of the 64.
+void soften_row(float* scores, int64_t visible, int64_t padded, float* largest, float* total, float* values) {
+    if (visible <= 0) {
+        std::fill(scores, scores + kTileKeys, 0.0f);
+        return;
+    }
+    for (int64_t key = visible; key < kTileKeys; ++key) scores[key] = kMinusInfinity;
+    Vec top = load(scores);
+    for (int i = kLanes; i < kTileKeys; i += kLanes) top = max(top, load(scores + i));
+    float before = *largest, now = std::max(before, max_lanes(top));
+    Vec sum = {};
+    for (int i = 0; i < kTileKeys; i += kLanes) {
+        Vec weight = exp(load(scores + i) - now);
+        store(scores + i, weight);
+        sum += weight;
+    }
+    if (now > before) {
+        float factor = exp(before - now);
+        *total *= factor;
+        for (int64_t d = 0; d < padded; d += kLanes) store(values + d, load(values + d) * factor);
+        *largest = now;
+    }
+    *total += sum_lanes(sum);
+}
+
+// A partial result into the running one.
+void merge(const Softmax& from, const Softmax& to, int64_t rows, int64_t padded) {
+    for (int64_t row = 0; row < rows; ++row) {
+        if (from.largest[row] == kMinusInfinity) continue;  // the row sees none of these keys
+        float largest = std::max(to.largest[row], from.largest[row]);
+        float keep = exp(to.largest[row] - largest), add = exp(from.largest[row] - largest);
+        to.largest[row] = largest;
+        to.total[row] = to.total[row] * keep + from.total[row] * add;
+        float *into = to.values + row * padded, *other = from.values + row * padded;
+        for (int64_t d = 0; d < padded; d += kLanes) store(into + d, load(into + d) * keep + load(other + d) * add);
+    }
+}
+
+template <class T>
+class Kernel {
+   public:
+    Kernel(const Arguments& arguments, const T* k_cache, const T* v_cache)
+        : a_(arguments), k_cache_(k_cache), v_cache_(v_cache), padded_(arguments.padded_dim()) {}
+
+    void run() const {
+        std::vector<Tile> tiles = make_tiles();
+        const int64_t num_tiles = int64_t(tiles.size());
+        int64_t work = 0, most_ranges = 1;
+        for (const Tile& tile : tiles) {
+            work += int64_t(tile.rows) * tile.num_ranges;
+            most_ranges = std::max<int64_t>(most_ranges, tile.num_ranges);
+        }
+        if (most_ranges > 1 && num_tiles < 4 * num_threads()) {
+            run_ranges(tiles);
+            return;
+        }
+        const bool is_worth_it = num_threads() > 1 && (work > 8 || most_ranges > 1);
+#pragma omp parallel if (is_worth_it)
+        {
+            float* memory = thread_memory();
+            Softmax partial = softmax_at(memory), running = softmax_at(memory + softmax_floats(padded_));
+            float* work_memory = memory + 2 * softmax_floats(padded_);
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t i = 0; i < num_tiles; ++i) {
+                const Tile& tile = tiles[i];
+                const float* q = load_queries(tile, work_memory);
+                running.reset(tile.rows, padded_);
+                for (int32_t range = 0; range < tile.num_ranges; ++range) {
+                    attend(tile, range, q, work_memory, partial);
+                    merge(partial, running, tile.rows, padded_);
+                }
+                write(tile, running);
+            }
+        }
+    }
+
+   private:
+    static int num_threads() {
+#if defined(_OPENMP)
+        return omp_get_max_threads();
+#else
+        return 1;
+#endif
+    }
+
+    // The same tiles, the ranges of each in parallel.
+    void run_ranges(const std::vector<Tile>& tiles) const {
+        struct Item {
+            int64_t tile;
+            int32_t range;
+        };
+        std::vector<Item> items;
+        std::vector<int64_t> first_item;
+        for (int64_t i = 0; i < int64_t(tiles.size()); ++i) {
+            first_item.push_back(int64_t(items.size()));
+            for (int32_t range = 0; range < tiles[i].num_ranges; ++range) items.push_back({i, range});
+        }
+        std::vector<float> partials(items.size() * softmax_floats(padded_));
+#pragma omp parallel
+        {
+            float* memory = thread_memory();
+            float* work_memory = memory + 2 * softmax_floats(padded_);
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < int64_t(items.size()); ++i) {
+                const Tile& tile = tiles[items[i].tile];
+                const float* q = load_queries(tile, work_memory);
+                attend(tile, items[i].range, q, work_memory, softmax_at(&partials[i * softmax_floats(padded_)]));
+            }
+            Softmax running = softmax_at(memory);
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t i = 0; i < int64_t(tiles.size()); ++i) {
+                running.reset(tiles[i].rows, padded_);
+                for (int32_t range = 0; range < tiles[i].num_ranges; ++range) {
+                    int64_t item = first_item[i] + range;
+                    merge(softmax_at(&partials[item * softmax_floats(padded_)]), running, tiles[i].rows, padded_);
+                }
+                write(tiles[i], running);
+            }
+        }
+    }
+
+    std::vector<Tile> make_tiles() const {
+        std::vector<Tile> tiles;
+        const int64_t group = a_.group();
+        for (int32_t b = 0; b < a_.num_seqs; ++b) {
+            const int64_t queries = a_.query_start[b + 1] - a_.query_start[b], rows = queries * group;
+            const int64_t first_position = a_.seq_lens[b] - queries;
+            for (int32_t head = 0; head < a_.kv_heads; ++head) {
+                for (int64_t row = 0; row < rows; row += kTileRows) {
+                    int64_t count = std::min<int64_t>(kTileRows, rows - row);
+                    int64_t keys = first_position + (row + count - 1) / group + 1;
+                    tiles.push_back({b, head, int32_t(row), int32_t(count), int32_t((keys + kRangeKeys - 1) / kRangeKeys)});
+                }
+            }
+        }
+        return tiles;
+    }
+
+    // Two softmax states, then the queries, their scores, and a block's keys or values.
+    float* thread_memory() const {
+        static thread_local std::vector<float> memory;
+        int64_t size = 2 * softmax_floats(padded_) + kTileRows * (padded_ + kTileKeys) + kBlockSize * padded_;
+        if (int64_t(memory.size()) < size) memory.resize(size);
+        return memory.data();
+    }
+
+    // The tile's queries, scaled: [rows, padded], zeros past head_dim.
+    const float* load_queries(const Tile& tile, float* to) const {
+        for (int64_t row = 0; row < tile.rows; ++row) {
+            const float* from = a_.q + query_token(tile, row) * a_.q_stride + query_head(tile, row) * a_.head_dim;
+            for (int64_t d = 0; d < padded_; ++d) to[row * padded_ + d] = d < a_.head_dim ? from[d] * a_.scale : 0.0f;
+        }
+        return to;
+    }
+
+    // One range of a tile's keys, from scratch, into `result`.
+    void attend(const Tile& tile, int32_t range, const float* q, float* work_memory, const Softmax& result) const {
+        float* scores = work_memory + kTileRows * padded_;
+        float* widened = scores + kTileRows * kTileKeys;
+        const int64_t group = a_.group();
+        const int64_t queries = a_.query_start[tile.sequence + 1] - a_.query_start[tile.sequence];
+        const int64_t first_position = a_.seq_lens[tile.sequence] - queries;
+        // Keys that the tile's last row sees.
+        const int64_t num_keys = first_position + (tile.row + tile.rows - 1) / group + 1;
+        const int64_t range_end = std::min<int64_t>(num_keys, int64_t(range + 1) * kRangeKeys);
+        const int32_t* table = a_.tables + tile.sequence * a_.table_stride;
+        result.reset(tile.rows, padded_);
+        for (int64_t start = int64_t(range) * kRangeKeys; start < range_end; start += kTileKeys) {
+            const int64_t keys = std::min<int64_t>(kTileKeys, range_end - start);
+            for (int64_t first = 0; first < keys; first += kBlockSize) {
+                // Blocks lie anywhere in the pool: the CPU can't guess where the next one is.
+                const int64_t place = block_place(table, start + first, tile.kv_head);
+                const bool is_last = start + first + kBlockSize >= num_keys;
+                const T* next = is_last ? nullptr : k_cache_ + block_place(table, start + first + kBlockSize, tile.kv_head);
+                with_block(k_cache_ + place, widened, [&](auto* block) {
+                    for_rows(tile.rows, [&](auto n, int64_t row) {
+                        score_rows<n()>(q + row * padded_, block, padded_, scores + row * kTileKeys + first,
+                                        row == 0 ? next : nullptr, row == 0 ? v_cache_ + place : nullptr,
+                                        a_.head_dim * int64_t(sizeof(T)));
+                    });
+                });
+            }
+            for (int64_t row = 0; row < tile.rows; ++row) {
+                int64_t visible = first_position + (tile.row + row) / group + 1 - start;
+                soften_row(scores + row * kTileKeys, std::min<int64_t>(visible, keys), padded_, result.largest + row,
+                           result.total + row, result.values + row * padded_);
+            }
+            for (int64_t first = 0; first < keys; first += kBlockSize) {
+                const int64_t count = std::min<int64_t>(kBlockSize, keys - first);
+                with_block(v_cache_ + block_place(table, start + first, tile.kv_head), widened, [&](auto* values) {
+                    for_rows(tile.rows, [&](auto n, int64_t row) {
+                        weigh_rows<n()>(scores + row * kTileKeys + first, values, count, padded_,
+                                        result.values + row * padded_);
+                    });
+                });
+            }
+        }
+    }
+
+    // run(the block as it lies in the cache), or widened where vectors don't divide head_dim.
+    template <class Run>
+    INLINE void with_block(const T* block, float* widened, Run run) const {
+        if (a_.head_dim == padded_) {
+            run(block);
+        } else {
+            widen(block, a_.head_dim, padded_, widened);
+            run((const float*)widened);
+        }
+    }
+
+    void write(const Tile& tile, const Softmax& result) const {
+        for (int64_t row = 0; row < tile.rows; ++row) {
+            float* to = a_.out + query_token(tile, row) * a_.out_stride + query_head(tile, row) * a_.head_dim;
+            for (int64_t d = 0; d < a_.head_dim; ++d) to[d] = result.values[row * padded_ + d] / result.total[row];
+        }
+    }
+
+    int64_t query_token(const Tile& tile, int64_t row) const {
+        return a_.query_start[tile.sequence] + (tile.row + row) / a_.group();
+    }
+
+    int64_t query_head(const Tile& tile, int64_t row) const {
+        return tile.kv_head * a_.group() + (tile.row + row) % a_.group();
+    }
+
+    int64_t block_place(const int32_t* table, int64_t position, int64_t kv_head) const {
+        return (int64_t(table[position / kBlockSize]) * a_.kv_heads + kv_head) * kBlockSize * a_.head_dim;
+    }
+
+    Arguments a_;
+    const T *k_cache_, *v_cache_;
+    int64_t padded_;
+};
+
+}  // namespace
+
+void paged_attention(const float* q, int64_t q_stride, const void* k_cache, const void* v_cache,
+                     int64_t kv_type, const int32_t* tables, int64_t table_stride, const int32_t* seq_lens,
+                     const int32_t* query_start, int64_t num_seqs, int64_t heads, int64_t kv_heads,
+                     int64_t head_dim, float scale, float* out, int64_t out_stride) {
+    const Arguments arguments{q,     q_stride, tables,   table_stride, seq_lens, query_start, num_seqs,
+                              heads, kv_heads, head_dim, scale,        out,      out_stride};
+    if (kv_type == 0) Kernel<float>(arguments, (const float*)k_cache, (const float*)v_cache).run();
+    if (kv_type == 1) Kernel<Half>(arguments, (const Half*)k_cache, (const Half*)v_cache).run();
+    if (kv_type == 2) Kernel<BFloat>(arguments, (const BFloat*)k_cache, (const BFloat*)v_cache).run();
+}
+
+}  // namespace minivllm::ISA

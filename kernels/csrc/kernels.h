@@ -1,0 +1,38 @@
+// The functions that Python calls, in one namespace per instruction set. The Python side (cpu.py) has
+// checked shapes and types; pointers are to contiguous rows unless there is a stride, in elements.
+// Shapes as in interface.py.
+
+#include <cstdint>
+
+namespace minivllm::ISA {
+
+// linear.cpp: products with packed weights (see packed.py); `bias` may be null. x is [tokens, columns].
+void linear(const float* x, const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns,
+            const float* bias, float* out, int64_t tokens);
+void rms_norm_linear(const float* x, const float* residual, const float* norm_weight, float eps, float* sum,
+                     const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns, const float* bias,
+                     float* out, int64_t tokens);
+void silu_and_mul_linear(const float* gate_up, const uint8_t* blocks, int64_t bits, int64_t rows,
+                         int64_t columns, const float* bias, float* out, int64_t tokens);
+void embedding(const int64_t* ids, const uint8_t* blocks, int64_t bits, int64_t columns, float* out,
+               int64_t tokens);
+
+// elementwise.cpp
+void rms_norm(const float* x, const float* residual, const float* weight, float eps, float* normed, float* sum,
+              int64_t tokens, int64_t size);
+void silu_and_mul(const float* gate_up, float* out, int64_t tokens, int64_t size);
+void rope_and_write_kv(float* heads, const float* cos, const float* sin, void* k_cache, void* v_cache,
+                       int64_t kv_type, const int64_t* slots, int64_t tokens, int64_t num_heads,
+                       int64_t kv_heads, int64_t head_dim);
+
+// attention.cpp
+void paged_attention(const float* q, int64_t q_stride, const void* k_cache, const void* v_cache,
+                     int64_t kv_type, const int32_t* tables, int64_t table_stride, const int32_t* seq_lens,
+                     const int32_t* query_start, int64_t num_seqs, int64_t heads, int64_t kv_heads,
+                     int64_t head_dim, float scale, float* out, int64_t out_stride);
+
+// peak.cpp: `rounds` passes of a loop of int8 multiply-adds, from registers alone, on every thread.
+// Writes the number of multiply-adds.
+void peak_int8(int64_t rounds, int64_t* num_multiply_adds);
+
+}  // namespace minivllm::ISA

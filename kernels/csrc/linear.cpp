@@ -1,0 +1,216 @@
+// x @ weight.T with packed weights of 4 or 8 bits and activations quantised on the fly, and what
+// comes just before such a product, fused with the quantisation.
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "dot.h"
+#include "elementwise.h"
+#include "kernels.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace minivllm::ISA {
+
+namespace {
+
+constexpr int64_t kBlockGroups = 16;   // groups that are unpacked at once: they stay in the L1 cache
+constexpr int64_t kBlockTokens = 128;  // tokens that pass over them: their activations stay in L2
+constexpr int64_t kSerialTokens = 4;   // fewer are quantised before the other threads are woken
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int num_threads() {
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// Grow-only memory that a thread keeps from call to call.
+template <class T>
+T* scratch(std::vector<T>& memory, int64_t size) {
+    if (int64_t(memory.size()) < size) memory.resize(size);
+    return memory.data();
+}
+
+// One token's row to integers, group by group; columns past the row's end are zero.
+template <class T>
+void quantize_row(const float* x, int64_t columns, int64_t groups, T* values, float* scales, float* scaled_sums,
+                  int32_t* sums) {
+    const float levels = std::numeric_limits<T>::max();
+    for (int64_t g = 0; g < groups; ++g) {
+        const float* from = x + g * kGroup;
+        float padded[kGroup];
+        if ((g + 1) * kGroup > columns) {
+            for (int i = 0; i < kGroup; ++i) padded[i] = g * kGroup + i < columns ? from[i] : 0.0f;
+            from = padded;
+        }
+        Vec largest = {};
+        for (int i = 0; i < kGroup; i += kLanes) {
+            Vec v = load(from + i);
+            largest = max(largest, max(v, -v));
+        }
+        float amax = max_lanes(largest);
+        float inverse = amax > 0.0f ? levels / amax : 0.0f;
+        VecInt total = {};
+        for (int i = 0; i < kGroup; i += kLanes) {
+            VecInt rounded = round_to_int(load(from + i) * inverse);
+            total += rounded;
+            store_values(rounded, values + g * kGroup + i);
+        }
+        int32_t sum = 0;
+        for (int i = 0; i < kLanes; ++i) sum += total[i];
+        scales[g] = amax / levels;
+        scaled_sums[g] = scales[g] * float(sum);
+        sums[g] = sum;
+    }
+}
+
+// tile(std::integral_constant<int, N>, first token) for the tokens [begin, end), N at a time.
+template <int N = kTileTokens, class Tile>
+void for_tokens(int64_t begin, int64_t end, Tile tile) {
+    for (; begin + N <= end; begin += N) tile(std::integral_constant<int, N>{}, begin);
+    if constexpr (N > 1) for_tokens<N - 1>(begin, end, tile);
+}
+
+// One panel of 16 rows times the tokens [begin, end). It is unpacked once for all of them.
+template <int Bits>
+void multiply_panel(const uint8_t* panel, const Activations<Bits>& a, int64_t begin, int64_t end, float* sums) {
+    if (end - begin <= kTileTokens) {
+        for_tokens(begin, end, [&](auto n, int64_t token) {
+            tile_packed<Bits, n()>(panel, a, token * a.groups, a.groups, sums + (token - begin) * kPanel);
+        });
+        return;
+    }
+    std::fill(sums, sums + (end - begin) * kPanel, 0.0f);
+    alignas(64) uint8_t weights[kBlockGroups * kUnpackedBytes<Bits>];
+    alignas(64) float scales[kBlockGroups * 2 * kPanel];
+    const int64_t step = ceil_div(a.groups, ceil_div(a.groups, kBlockGroups));
+    for (int64_t first = 0; first < a.groups; first += step) {
+        const int64_t count = std::min(step, a.groups - first);
+        for (int64_t g = 0; g < count; ++g) {
+            const uint8_t* block = panel + (first + g) * kBlockBytes<Bits>;
+            unpack<Bits>(block, weights + g * kUnpackedBytes<Bits>);
+            load_scales<Bits>(block, scales + g * 2 * kPanel);
+        }
+        for_tokens(begin, end, [&](auto n, int64_t token) {
+            tile<Bits, n()>(weights, scales, a, token * a.groups + first, count, sums + (token - begin) * kPanel);
+        });
+    }
+}
+
+// make_row(token, scratch) returns one token's `columns` floats, computed into the scratch or not.
+template <int Bits, class MakeRow>
+void multiply_bits(MakeRow make_row, const uint8_t* blocks, int64_t rows, int64_t columns, const float* bias,
+                   float* out, int64_t tokens) {
+    const int64_t groups = ceil_div(columns, kGroup), panels = ceil_div(rows, kPanel);
+    static thread_local std::vector<Value<Bits>> value_memory;
+    static thread_local std::vector<float> scale_memory;
+    static thread_local std::vector<int32_t> sum_memory;
+    Value<Bits>* values = scratch(value_memory, tokens * groups * kGroup);
+    float* scales = scratch(scale_memory, 2 * tokens * groups);
+    float* scaled_sums = scales + tokens * groups;
+    int32_t* value_sums = scratch(sum_memory, tokens * groups);
+    const Activations<Bits> activations{values, scales, scaled_sums, value_sums, groups};
+
+    auto quantize = [&](int64_t token) {
+        static thread_local std::vector<float> row_memory;
+        const float* row = make_row(token, scratch(row_memory, columns));
+        int64_t at = token * groups;
+        quantize_row(row, columns, groups, values + at * kGroup, scales + at, scaled_sums + at, value_sums + at);
+    };
+    const bool is_serial = tokens <= kSerialTokens;
+    if (is_serial)
+        for (int64_t token = 0; token < tokens; ++token) quantize(token);
+
+    const int64_t panel_bytes = groups * kBlockBytes<Bits>;
+    const int64_t items = ceil_div(tokens, kBlockTokens) * panels;
+    // Threads take a few panels at a time, so that one that another program slowed down takes fewer.
+    const int64_t chunk = std::max<int64_t>(1, panels / (8 * num_threads()));
+#pragma omp parallel
+    {
+        if (!is_serial) {
+#pragma omp for schedule(dynamic, 4)
+            for (int64_t token = 0; token < tokens; ++token) quantize(token);
+        }
+        alignas(64) float sums[kBlockTokens * kPanel];
+#pragma omp for schedule(dynamic, chunk) nowait
+        for (int64_t item = 0; item < items; ++item) {
+            int64_t begin = item / panels * kBlockTokens, end = std::min(begin + kBlockTokens, tokens);
+            int64_t panel = item % panels, row = panel * kPanel, count = std::min<int64_t>(kPanel, rows - row);
+            multiply_panel<Bits>(blocks + panel * panel_bytes, activations, begin, end, sums);
+            for (int64_t token = begin; token < end; ++token) {
+                const float* from = sums + (token - begin) * kPanel;
+                float* to = out + token * rows + row;
+                for (int64_t i = 0; i < count; ++i) to[i] = bias ? from[i] + bias[row + i] : from[i];
+            }
+        }
+    }
+}
+
+template <class MakeRow>
+void multiply(MakeRow make_row, const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns,
+              const float* bias, float* out, int64_t tokens) {
+    auto of_bits = bits == 4 ? multiply_bits<4, MakeRow> : multiply_bits<8, MakeRow>;
+    of_bits(make_row, blocks, rows, columns, bias, out, tokens);
+}
+
+}  // namespace
+
+void linear(const float* x, const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns,
+            const float* bias, float* out, int64_t tokens) {
+    multiply([=](int64_t token, float*) { return x + token * columns; }, blocks, bits, rows, columns, bias, out,
+             tokens);
+}
+
+void rms_norm_linear(const float* x, const float* residual, const float* norm_weight, float eps, float* sum,
+                     const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns, const float* bias,
+                     float* out, int64_t tokens) {
+    auto norm = [=](int64_t token, float* row) {
+        int64_t at = token * columns;
+        rms_norm_row(x + at, residual ? residual + at : nullptr, norm_weight, eps, row, sum ? sum + at : nullptr,
+                     columns);
+        return row;
+    };
+    multiply(norm, blocks, bits, rows, columns, bias, out, tokens);
+}
+
+void silu_and_mul_linear(const float* gate_up, const uint8_t* blocks, int64_t bits, int64_t rows,
+                         int64_t columns, const float* bias, float* out, int64_t tokens) {
+    auto activate = [=](int64_t token, float* row) {
+        silu_and_mul_row(gate_up + token * 2 * columns, row, columns);
+        return row;
+    };
+    multiply(activate, blocks, bits, rows, columns, bias, out, tokens);
+}
+
+void embedding(const int64_t* ids, const uint8_t* blocks, int64_t bits, int64_t columns, float* out,
+               int64_t tokens) {
+    const int64_t groups = ceil_div(columns, kGroup), block_bytes = bits == 4 ? kBlockBytes<4> : kBlockBytes<8>;
+#pragma omp parallel for schedule(static) if (tokens > kSerialTokens)
+    for (int64_t token = 0; token < tokens; ++token) {
+        const int64_t lane = ids[token] % kPanel;
+        const uint8_t* panel = blocks + ids[token] / kPanel * groups * block_bytes;
+        for (int64_t column = 0; column < columns; ++column) {
+            const uint8_t* block = panel + column / kGroup * block_bytes;
+            const int64_t k = column % kGroup;
+            float* to = out + token * columns + column;
+            if (bits == 4) {
+                uint8_t both = block[k % 16 / 4 * 64 + lane * 4 + k % 4];
+                const Half* scales = (const Half*)(block + 256);
+                *to = to_float(scales[lane]) * float(k < 16 ? both & 0x0F : both >> 4) + to_float(scales[16 + lane]);
+            } else {
+                int value = int(block[k / 4 * 64 + lane * 4 + k % 4]) - 128;
+                *to = to_float(((const Half*)(block + 512))[lane]) * float(value);
+            }
+        }
+    }
+}
+
+}  // namespace minivllm::ISA

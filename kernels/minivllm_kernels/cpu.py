@@ -1,0 +1,252 @@
+"""The C++ kernels (``kernels/csrc``) behind the common interface. See ``interface.py`` for shapes.
+
+The C++ side gets addresses and numbers; whether tensors fit together is checked here. Activations are
+float32; the KV cache may be float32, float16 or bfloat16, and weights packed (4 or 8 bits) or float32.
+Products with float32 weights are torch's own.
+
+With packed weights everything that a token goes through is computed from that token's own data in one
+fixed order, so that its result is the same to the bit alone or in any batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch  # before the extension, whose OpenMP calls then end up in torch's runtime
+import torch.nn.functional as F
+
+from minivllm_kernels.interface import KernelBackend, Weight, check_paged_attention
+from minivllm_kernels.packed import PackedWeight
+
+try:
+    from minivllm_kernels import _cpu as _extension
+except ImportError:  # not built
+    _extension = None
+
+_KV_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_MAX_HEAD_DIM = 1024
+
+
+def instruction_sets() -> list[str]:
+    """What the C++ kernels were built for and this CPU has, fastest first; empty if they weren't built."""
+    names: list[str] = [] if _extension is None else _extension.instruction_sets()
+    return names
+
+
+class CppBackend(KernelBackend):
+    """C++ kernels for one instruction set: ``"avx512"`` (with VNNI), ``"avx2"`` or ``"portable"``."""
+
+    def __init__(self, name: str) -> None:
+        if name not in instruction_sets():
+            raise ValueError(f"no C++ kernels for {name!r} here; there are: {', '.join(instruction_sets())}")
+        self.name = name
+        function: Any = lambda kernel: getattr(_extension, f"{name}_{kernel}")  # noqa: E731
+        self._linear = function("linear")
+        self._rms_norm_linear = function("rms_norm_linear")
+        self._silu_and_mul_linear = function("silu_and_mul_linear")
+        self._embedding = function("embedding")
+        self._rms_norm = function("rms_norm")
+        self._silu_and_mul = function("silu_and_mul")
+        self._rope_and_write_kv = function("rope_and_write_kv")
+        self._paged_attention = function("paged_attention")
+        self._peak_int8 = function("peak_int8")
+
+    def linear(self, x_TN: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if not isinstance(weight, PackedWeight):
+            return F.linear(x_TN, weight, bias)
+        x_TN = _rows("x_TN", x_TN, weight.columns)
+        out = torch.empty(x_TN.shape[0], weight.rows)
+        self._linear(
+            x_TN.data_ptr(), *weight.arguments, _address(bias, weight.rows), out.data_ptr(), x_TN.shape[0]
+        )
+        return out
+
+    def rms_norm_linear(
+        self,
+        x_TN: torch.Tensor,
+        residual_TN: torch.Tensor | None,
+        norm_weight_N: torch.Tensor,
+        eps: float,
+        weight: Weight,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(weight, PackedWeight):
+            return super().rms_norm_linear(x_TN, residual_TN, norm_weight_N, eps, weight, bias)
+        x_TN = _rows("x_TN", x_TN, weight.columns)
+        num_tokens = x_TN.shape[0]
+        residual, sum_TN = _residual(x_TN, residual_TN)
+        out = torch.empty(num_tokens, weight.rows)
+        self._rms_norm_linear(
+            x_TN.data_ptr(),
+            residual,
+            _address(norm_weight_N, weight.columns),
+            eps,
+            sum_TN.data_ptr() if residual else 0,
+            *weight.arguments,
+            _address(bias, weight.rows),
+            out.data_ptr(),
+            num_tokens,
+        )
+        return out, sum_TN
+
+    def silu_and_mul_linear(
+        self, gate_up_TI2: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if not isinstance(weight, PackedWeight):
+            return super().silu_and_mul_linear(gate_up_TI2, weight, bias)
+        gate_up_TI2 = _rows("gate_up_TI2", gate_up_TI2, 2 * weight.columns)
+        out = torch.empty(gate_up_TI2.shape[0], weight.rows)
+        self._silu_and_mul_linear(
+            gate_up_TI2.data_ptr(),
+            *weight.arguments,
+            _address(bias, weight.rows),
+            out.data_ptr(),
+            out.shape[0],
+        )
+        return out
+
+    def embedding(self, ids_T: torch.Tensor, weight: Weight) -> torch.Tensor:
+        if not isinstance(weight, PackedWeight):
+            return weight[ids_T]
+        out = torch.empty(ids_T.shape[0], weight.columns)
+        ids_T = ids_T.contiguous()
+        blocks, bits, _, columns = weight.arguments
+        self._embedding(ids_T.data_ptr(), blocks, bits, columns, out.data_ptr(), len(ids_T))
+        return out
+
+    def rms_norm(
+        self, x_TN: torch.Tensor, weight_N: torch.Tensor, eps: float, residual_TN: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TN = _rows("x_TN", x_TN, x_TN.shape[-1])
+        residual, sum_TN = _residual(x_TN, residual_TN)
+        normed_TN = torch.empty_like(x_TN)
+        self._rms_norm(
+            x_TN.data_ptr(),
+            residual,
+            _address(weight_N, x_TN.shape[1]),
+            eps,
+            normed_TN.data_ptr(),
+            sum_TN.data_ptr() if residual else 0,
+            *x_TN.shape,
+        )
+        return normed_TN, sum_TN
+
+    def silu_and_mul(self, gate_up_TI2: torch.Tensor) -> torch.Tensor:
+        gate_up_TI2 = _rows("gate_up_TI2", gate_up_TI2, gate_up_TI2.shape[-1])
+        out = torch.empty(gate_up_TI2.shape[0], gate_up_TI2.shape[1] // 2)
+        self._silu_and_mul(gate_up_TI2.data_ptr(), out.data_ptr(), *out.shape)
+        return out
+
+    def rope_and_write_kv(
+        self,
+        heads_TAD: torch.Tensor,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
+        k_cache_PKSD: torch.Tensor,
+        v_cache_PKSD: torch.Tensor,
+        slots_T: torch.Tensor,
+    ) -> None:
+        num_tokens, num_heads, head_dim = heads_TAD.shape
+        if heads_TAD.dtype != torch.float32 or not heads_TAD.is_contiguous() or head_dim > _MAX_HEAD_DIM:
+            raise ValueError(
+                f"heads_TAD must be contiguous float32 with D at most {_MAX_HEAD_DIM}, "
+                f"got {heads_TAD.dtype} {tuple(heads_TAD.shape)}"
+            )
+        self._rope_and_write_kv(
+            heads_TAD.data_ptr(),
+            cos_TD.data_ptr(),
+            sin_TD.data_ptr(),
+            k_cache_PKSD.data_ptr(),
+            v_cache_PKSD.data_ptr(),
+            _KV_TYPES[k_cache_PKSD.dtype],
+            slots_T.data_ptr(),
+            num_tokens,
+            num_heads,
+            k_cache_PKSD.shape[1],
+            head_dim,
+        )
+
+    def paged_attention(
+        self,
+        q_THD: torch.Tensor,
+        k_cache_PKSD: torch.Tensor,
+        v_cache_PKSD: torch.Tensor,
+        block_tables_BM: torch.Tensor,
+        seq_lens_B: torch.Tensor,
+        query_start_B1: torch.Tensor,
+        *,
+        scale: float,
+        out_THD: torch.Tensor,
+    ) -> None:
+        check_paged_attention(
+            q_THD, k_cache_PKSD, v_cache_PKSD, block_tables_BM, seq_lens_B, query_start_B1, out_THD
+        )
+        num_heads, head_dim = q_THD.shape[1:]
+        num_kv_heads = k_cache_PKSD.shape[1]
+        q_stride, out_stride = _token_stride("q_THD", q_THD), _token_stride("out_THD", out_THD)
+        self._paged_attention(
+            q_THD.data_ptr(),
+            q_stride,
+            k_cache_PKSD.data_ptr(),
+            v_cache_PKSD.data_ptr(),
+            _KV_TYPES[k_cache_PKSD.dtype],
+            block_tables_BM.data_ptr(),
+            block_tables_BM.stride(0),
+            seq_lens_B.data_ptr(),
+            query_start_B1.data_ptr(),
+            len(seq_lens_B),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            scale,
+            out_THD.data_ptr(),
+            out_stride,
+        )
+
+    def peak_int8(self, rounds: int) -> int:
+        """Run int8 multiply-adds from registers on every thread; returns how many. For benchmarks."""
+        count = torch.zeros(1, dtype=torch.int64)
+        self._peak_int8(rounds, count.data_ptr())
+        return int(count)
+
+
+def _rows(name: str, x: torch.Tensor, size: int) -> torch.Tensor:
+    """``x`` with contiguous rows; refuses another dtype or size."""
+    if x.dtype != torch.float32 or x.shape[1:] != (size,):
+        raise ValueError(f"{name} must be float32 [T, {size}], got {x.dtype} {tuple(x.shape)}")
+    return x.contiguous()
+
+
+def _token_stride(name: str, x_THD: torch.Tensor) -> int:
+    """Elements from one token to the next; within a token, heads must be one contiguous run of float32."""
+    token, head, element = x_THD.stride()
+    if x_THD.dtype != torch.float32 or head != x_THD.shape[2] or element != 1:
+        raise ValueError(
+            f"{name} must be float32 with contiguous heads, got {x_THD.dtype} with strides {x_THD.stride()}"
+        )
+    return token
+
+
+def _residual(x_TN: torch.Tensor, residual_TN: torch.Tensor | None) -> tuple[int, torch.Tensor]:
+    """(the residual's address or 0, where the sum goes: without a residual it is x itself)."""
+    if residual_TN is None:
+        return 0, x_TN
+    if (
+        residual_TN.shape != x_TN.shape
+        or residual_TN.dtype != torch.float32
+        or not residual_TN.is_contiguous()
+    ):
+        raise ValueError(
+            f"residual_TN must be contiguous float32 {tuple(x_TN.shape)}, "
+            f"got {residual_TN.dtype} {tuple(residual_TN.shape)}"
+        )
+    return residual_TN.data_ptr(), torch.empty_like(x_TN)
+
+
+def _address(vector: torch.Tensor | None, size: int) -> int:
+    """Of a float32 vector, or 0 for none."""
+    if vector is None:
+        return 0
+    if vector.dtype != torch.float32 or vector.shape != (size,):
+        raise ValueError(f"a bias or norm must be float32 [{size}], got {vector.dtype} {tuple(vector.shape)}")
+    return vector.data_ptr()
