@@ -77,6 +77,9 @@ INLINE void store_values(VecInt values, T* to) {
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 #define KEEP(x) asm("" : "+v"(x))
+// A pointer that is nothing but itself: GCC would otherwise make one for each place that is read through
+// it, keep them all from group to group, and run out of registers.
+#define KEEP_POINTER(x) asm("" : "+r"(x))
 // Sums in memory stay there from group to group: GCC would otherwise carry some in registers and push
 // the integer sums out of them.
 #define LEAVE_IN_MEMORY() asm volatile("" : : : "memory")
@@ -195,19 +198,28 @@ INLINE __m256 scale(__m256i sums, __m256 d, __m256 m, const Activations<Bits>& a
     return Bits == 4 ? _mm256_fmadd_ps(m, _mm256_set1_ps(a.scaled_sums[group]), f) : f;
 }
 
+// Where each of N tokens has its values of one group.
+template <int Bits, int N>
+INLINE void find_rows(const Activations<Bits>& a, int64_t at, const Value<Bits>* (&rows)[N]) {
+    UNROLL for (int t = 0; t < N; ++t) {
+        rows[t] = a.values + (at + t * a.groups) * kGroup;
+        KEEP_POINTER(rows[t]);
+    }
+}
+
 template <int Bits, int N>
 INLINE void tile(const uint8_t* weights, const float* scales, const Activations<Bits> a, int64_t at,
                  int64_t num_groups, float* out) {
     constexpr int kSteps = kUnpackedBytes<Bits> / 64, kWidth = kGroup / kSteps;
     for (int64_t g = 0; g < num_groups; ++g, ++at, weights += kUnpackedBytes<Bits>, scales += 2 * kPanel) {
         LEAVE_IN_MEMORY();
-        const Value<Bits>* x = a.values + at * kGroup;
-        __m256i low[N], high[N];  // rows 0 to 7, and 8 to 15
+        const Value<Bits>* rows[N];
+        find_rows(a, at, rows);
+        __m256i low[N], high[N];  // weight rows 0 to 7, and 8 to 15
         UNROLL for (int k = 0; k < kSteps; ++k) {
             __m256i w0 = load_bytes(weights + k * 64), w1 = load_bytes(weights + k * 64 + 32);
             UNROLL for (int t = 0; t < N; ++t) {
-                const Value<Bits>* from = x + t * a.groups * kGroup + k * kWidth;
-                __m256i p0 = product(w0, from), p1 = product(w1, from);
+                __m256i p0 = product(w0, rows[t] + k * kWidth), p1 = product(w1, rows[t] + k * kWidth);
                 low[t] = k == 0 ? p0 : add<Bits>(low[t], p0);
                 high[t] = k == 0 ? p1 : add<Bits>(high[t], p1);
                 KEEP(low[t]);
@@ -230,7 +242,8 @@ template <int Bits, int N>
 INLINE void tile_packed(const uint8_t* blocks, const Activations<Bits> a, int64_t at, int64_t num_groups, float* out) {
     __m256 f[N][2] = {};
     for (int64_t g = 0; g < num_groups; ++g, ++at, blocks += kBlockBytes<Bits>) {
-        const Value<Bits>* x = a.values + at * kGroup;
+        const Value<Bits>* rows[N];
+        find_rows(a, at, rows);
         const uint8_t* numbers = blocks + kPanel * kGroup * Bits / 8;
         UNROLL for (int half = 0; half < 2; ++half) {
             __m256i sums[N];
@@ -239,7 +252,7 @@ INLINE void tile_packed(const uint8_t* blocks, const Activations<Bits> a, int64_
                 __m256i w0 = Bits == 4 ? low_nibbles(both) : even_bytes(both);
                 __m256i w1 = Bits == 4 ? high_nibbles(both) : odd_bytes(both);
                 UNROLL for (int t = 0; t < N; ++t) {
-                    const Value<Bits>* from = x + t * a.groups * kGroup + k * 4;
+                    const Value<Bits>* from = rows[t] + k * 4;
                     __m256i p0 = product(w0, from), p1 = product(w1, from + (Bits == 4 ? 16 : 2));
                     sums[t] = k == 0 ? p0 : add<Bits>(sums[t], p0);
                     sums[t] = add<Bits>(sums[t], p1);
