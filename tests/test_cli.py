@@ -79,7 +79,7 @@ def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str
         (["serve", "--port", "70000"], ["--port must be from 0 to 65535, got 70000"]),
         (["serve", "--kv-cache-memory", "64QB"], ["--kv-cache-memory", "64QB", "64MB"]),
         (["serve", "--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
-        (["serve", "--quantization", "int8"], ["--quantization", "int8"]),
+        (["serve", "--quantization", "int3"], ["--quantization", "int3", "int8"]),
         (["serve", "--gpu-memory-utilization", "1.5"], ["--gpu-memory-utilization", "1.5"]),
         (
             ["serve", "--kv-allocation", "contiguous", "--enable-prefix-caching"],
@@ -147,7 +147,7 @@ def test_generate_says_what_is_wrong_with_a_prompt() -> None:
 
 def test_a_conversation() -> None:
     """Two questions, the second of which needs the first; then a reset, which forgets."""
-    talk = "What is the capital of France?\n/reset\n\nWhat is the capital of France?\n/exit\nnever read\n"
+    talk = "Name the capital of France.\n/reset\n\nName the capital of France.\n/exit\nnever read\n"
     result = run_command("chat", stdin=talk)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("The capital of France is Paris.") == 2
@@ -172,7 +172,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat() -> None:
         chat.send_signal(signal.SIGINT)
         while "(stopped)" not in read:
             read += chat.stdout.read(1)
-        rest, _ = chat.communicate("What is the capital of France?\n/exit\n", timeout=60)
+        rest, _ = chat.communicate("Name the capital of France.\n/exit\n", timeout=60)
         assert chat.returncode == 0
         assert "Paris" in rest
     finally:

@@ -12,7 +12,7 @@ from minivllm.errors import ConfigError, ContextLengthError, InvalidRequestError
 from tests.conftest import Oracle
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
-CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+CAPITAL = [{"role": "user", "content": "Name the capital of France."}]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from minivllm_kernels.interface import KernelBackend, Weight, check_paged_attent
 from minivllm_kernels.packed import PackedWeight
 
 try:
-    from minivllm_kernels import _cpu as _extension
+    from minivllm_kernels import _cpu as _extension  # type: ignore[attr-defined]  # compiled, or not there
 except ImportError:  # not built
     _extension = None
 

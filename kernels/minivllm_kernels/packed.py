@@ -96,12 +96,12 @@ class PackedWeight:
             )
         num_rows = len(source.values)
         values = source.values if self.bits == 4 else source.values.view(torch.uint8) ^ 128
-        parts = [(self._values(), values.unflatten(-1, (-1, 4))), (self._numbers(0), source.scales)]
+        parts = [(self._values(), values.view(num_rows, -1, self.bits, 4)), (self._numbers(0), source.scales)]
         if source.mins is not None:
             parts.append((self._numbers(1), source.mins))
         for to, rows in parts:
             if start % PANEL == 0 and num_rows % PANEL == 0:
-                panels = rows.unflatten(0, (-1, PANEL))
+                panels = rows.reshape(-1, PANEL, *rows.shape[1:])
                 to[start // PANEL :][: len(panels)].copy_(panels)
             else:
                 index_R = torch.arange(start, start + num_rows)
@@ -120,8 +120,8 @@ class PackedWeight:
     def _values(self) -> torch.Tensor:
         """View of the bytes: [panels, 16 rows, groups, quads, 4]."""
         num_quads = self.bits  # 4 or 8: a quad of 4-bit rows has eight columns
-        quads = self.blocks[..., : num_quads * PANEL * 4].unflatten(-1, (num_quads, PANEL, 4))
-        return quads.movedim(3, 1)
+        quads = self.blocks[..., : num_quads * PANEL * 4]
+        return quads.view(*quads.shape[:2], num_quads, PANEL, 4).movedim(3, 1)
 
     def _numbers(self, index: int) -> torch.Tensor:
         """View of d (0) or m (1): float16 [panels, 16 rows, groups]."""

@@ -62,7 +62,7 @@ def load_model(config: EngineConfig, files: ModelFiles) -> Llama:
     weights = check_and_iterate(files, expected, packed)
     # disable=None: no bar where standard error isn't a terminal.
     for name, tensor in tqdm(weights, "weights", total=len(slots), unit="tensor", leave=False, disable=None):
-        slots[name].copy_(tensor)  # type: ignore[arg-type]  # quantised ones go to packed slots only
+        slots[name].copy_(tensor)
     return model
 
 

@@ -50,6 +50,7 @@ class Machine:
             MODEL,
             device=self.device,
             dtype=torch.float32,
+            kv_dtype=torch.float32,
             weights=10**6,
             max_num_batched_tokens=config.max_num_batched_tokens or 64,
         )

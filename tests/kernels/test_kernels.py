@@ -23,7 +23,7 @@ from tests.kernels.conftest import Backend
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 GROUPINGS = [(4, 4), (9, 3), (8, 2), (16, 2), (8, 1), (5, 1)]  # query heads, KV heads
-HEAD_DIMS = [16, 20, 64, 80, 128]
+HEAD_DIMS = [16, 20, 64, 80, 96, 128, 256]
 
 
 def close(have: torch.Tensor, want: np.ndarray, tolerance: float) -> None:
@@ -188,6 +188,17 @@ def test_attention_long_sequences(backend: Backend, rng: np.random.Generator, ki
     sequences = [(600, 600 if kind == "prefill" else 1), *random_batch(rng, kind, num_seqs, 600)]
     case = make_case(rng, backend.device, sequences, num_heads=3, num_kv_heads=1, head_dim=16)
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_of_thousands_of_tokens(
+    backend: Backend, rng: np.random.Generator, dtype: torch.dtype
+) -> None:
+    """Decodes, and chunks of a few tokens, late in sequences of up to 4,000."""
+    lengths = [4000, *map(int, rng.integers(1000, 4001, 2)), *map(int, rng.integers(1, 1000, 2))]
+    sequences = [(length, int(rng.choice([1, 1, min(5, length)]))) for length in lengths]
+    case = make_case(rng, backend.device, sequences, num_heads=6, num_kv_heads=2, dtype=dtype)
+    close(case.run(backend), attend_token_by_token(case), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257])

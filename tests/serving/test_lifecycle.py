@@ -111,7 +111,7 @@ def test_a_dead_engine_is_told_and_nobody_hangs(tiny: tuple[str, ...]) -> None:
 def test_optimised_python_changes_nothing(optimize: tuple[str, ...]) -> None:
     """The checks of bad input and the answers are the same when assert statements are stripped."""
     with serving(python=optimize) as server, httpx.Client(base_url=server.url, timeout=60) as client:
-        chat = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+        chat = {"messages": [{"role": "user", "content": "Name the capital of France."}], "temperature": 0}
         answer = client.post("/v1/chat/completions", json=chat).json()
         assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
         for bad in ({"temperature": -1}, {"max_tokens": 0}, {"n": 0}, {"max_tokens": 10**6}):

@@ -17,7 +17,7 @@ from tests.serving.conftest import EMBEDDED_MODEL, ROOT, Server
 
 URL = "MINIVLLM_TEST_URL"
 """Set: test the server there, instead of starting one."""
-CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+CAPITAL = [{"role": "user", "content": "Name the capital of France."}]
 
 
 @pytest.fixture(scope="module")
