@@ -64,8 +64,7 @@ void quantize_row(const float* x, int64_t columns, int64_t groups, T* values, fl
             total += rounded;
             store_values(rounded, values + g * kGroup + i);
         }
-        int32_t sum = 0;
-        for (int i = 0; i < kLanes; ++i) sum += total[i];
+        const int32_t sum = sum_lanes(total);
         scales[g] = amax / levels;
         scaled_sums[g] = scales[g] * float(sum);
         sums[g] = sum;
@@ -132,7 +131,7 @@ void multiply_bits(MakeRow make_row, const uint8_t* blocks, int64_t rows, int64_
     const int64_t panel_bytes = groups * kBlockBytes<Bits>;
     const int64_t items = ceil_div(tokens, kBlockTokens) * panels;
     // Threads take a few panels at a time, so that one that another program slowed down takes fewer.
-    const int64_t chunk = std::max<int64_t>(1, panels / (8 * num_threads()));
+    const int64_t chunk = std::max<int64_t>(1, panels / ((is_serial ? 4 : 32) * num_threads()));
 #pragma omp parallel
     {
         if (!is_serial) {
@@ -148,7 +147,11 @@ void multiply_bits(MakeRow make_row, const uint8_t* blocks, int64_t rows, int64_
             for (int64_t token = begin; token < end; ++token) {
                 const float* from = sums + (token - begin) * kPanel;
                 float* to = out + token * rows + row;
-                for (int64_t i = 0; i < count; ++i) to[i] = bias ? from[i] + bias[row + i] : from[i];
+                if (count == kPanel && !bias) {
+                    for (int i = 0; i < kPanel; i += kLanes) store(to + i, load(from + i));
+                } else {
+                    for (int64_t i = 0; i < count; ++i) to[i] = bias ? from[i] + bias[row + i] : from[i];
+                }
             }
         }
     }

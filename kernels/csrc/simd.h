@@ -61,11 +61,29 @@ INLINE float sum_lanes(Vec v) {
 }
 
 INLINE float max_lanes(Vec v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#else
     float lanes[kLanes];
     store(lanes, v);
     for (int width = kLanes / 2; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
     return lanes[0];
+#endif
+}
+
+INLINE int32_t sum_lanes(VecInt v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += v[i];
+    return sum;
+#endif
 }
 
 // The sums over lanes of four vectors; each is what it would be beside any other three.
