@@ -40,9 +40,9 @@ def test_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=EMBEDDED_MODEL, messages=CAPITAL, temperature=0)
     assert answer.choices[0].message.content == "The capital of France is Paris."
     assert answer.choices[0].finish_reason == "stop"
-    assert answer.usage.prompt_tokens == 37
+    assert answer.usage.prompt_tokens == 36
     assert answer.usage.completion_tokens == 8
-    assert answer.usage.total_tokens == 45
+    assert answer.usage.total_tokens == 44
 
 
 def test_chat_streamed_equals_chat(client: openai.OpenAI) -> None:
