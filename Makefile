@@ -2,6 +2,7 @@
 # make install  the set-up alone
 # make test     set up with the test tools, and run the whole suite
 # make lint     ruff and mypy
+# make sanitize a second build of the C++ kernels, with GCC's AddressSanitizer and UBSan, and their tests
 #
 # Arguments pass through: make serve ARGS="--port 9000", make test ARGS="tests/engine -x".
 
@@ -10,9 +11,13 @@ TORCH ?= torch==2.13.0
 # The previous major version of the client that the server is tested with, and what only that one needs.
 OPENAI_2 = openai==2.54.0 distro==1.9.0
 ARGS ?=
+# Python's own flags define signed overflow (-fwrapv): here it is a bug again.
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-wrapv -fno-omit-frame-pointer
+# torch throws C++ exceptions: ASan must find libstdc++ before torch loads it.
+PRELOAD = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(name)))
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve install test lint
+.PHONY: serve install test lint sanitize
 
 serve: install
 	@.venv/bin/minivllm serve $(ARGS)
@@ -26,6 +31,16 @@ lint: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# The extension is removed first and looked into afterwards: a build that fails only leaves it out.
+# CPython's leaks aren't ours.
+sanitize: .venv/installed-test
+	rm -f build/sanitize/minivllm_kernels/_cpu.*
+	CC=gcc CXX=g++ CXXFLAGS="$(SANITIZE)" .venv/bin/python setup.py --quiet \
+		build --build-lib build/sanitize --build-temp build/sanitize/objects
+	grep -q __asan_ build/sanitize/minivllm_kernels/_cpu.*
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		.venv/bin/python -m pytest -o pythonpath=build/sanitize tests/kernels $(ARGS)
 
 # Each step leaves a file behind, so that a second run skips what is already there.
 .venv/created:

@@ -2,6 +2,7 @@
 // comes just before such a product, fused with the quantisation.
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -39,6 +40,20 @@ T* scratch(std::vector<T>& memory, int64_t size) {
     return memory.data();
 }
 
+// Of a group. Without their signs, floats' bits are in the floats' order, with NaN above infinity.
+INLINE float largest_magnitude(const float* from) {
+    VecInt largest = {};
+    for (int i = 0; i < kGroup; i += kLanes) {
+        VecInt bits;
+        std::memcpy(&bits, from + i, sizeof bits);
+        bits &= 0x7FFFFFFF;
+        largest = bits > largest ? bits : largest;
+    }
+    int32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits = std::max<int32_t>(bits, largest[i]);
+    return as_float(bits);
+}
+
 // One token's row to integers, group by group; columns past the row's end are zero.
 template <class T>
 void quantize_row(const float* x, int64_t columns, int64_t groups, T* values, float* scales, float* scaled_sums,
@@ -51,13 +66,14 @@ void quantize_row(const float* x, int64_t columns, int64_t groups, T* values, fl
             for (int i = 0; i < kGroup; ++i) padded[i] = g * kGroup + i < columns ? from[i] : 0.0f;
             from = padded;
         }
-        Vec largest = {};
-        for (int i = 0; i < kGroup; i += kLanes) {
-            Vec v = load(from + i);
-            largest = max(largest, max(v, -v));
+        float amax = largest_magnitude(from);
+        if (!(amax <= std::numeric_limits<float>::max())) {  // the token's results are NaN, as with floats
+            std::fill(values + g * kGroup, values + (g + 1) * kGroup, T(0));
+            scales[g] = scaled_sums[g] = std::numeric_limits<float>::quiet_NaN();
+            sums[g] = 0;
+            continue;
         }
-        float amax = max_lanes(largest);
-        float inverse = amax > 0.0f ? levels / amax : 0.0f;
+        float inverse = amax > 1e-30f ? levels / amax : 0.0f;  // what is less is zero: no inverse overflows
         VecInt total = {};
         for (int i = 0; i < kGroup; i += kLanes) {
             VecInt rounded = round_to_int(load(from + i) * inverse);

@@ -12,6 +12,7 @@
 #include "kernels.h"
 #undef ISA
 #if defined(MINIVLLM_X86)
+#include <cpuid.h>
 #define ISA avx2
 #include "kernels.h"
 #undef ISA
@@ -67,7 +68,9 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
     };
 #if defined(MINIVLLM_X86)
     __builtin_cpu_init();
-    bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    unsigned eax, ebx, ecx, edx;  // older compilers' __builtin_cpu_supports doesn't know "f16c"
+    bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+    bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c;
     bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");

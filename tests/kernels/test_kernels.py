@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -337,6 +338,25 @@ def test_packed_linear(
             assert same_bits(backend.kernels.linear(x[token : token + 1], weight, bias)[0], have[token])
     ids = torch.from_numpy(rng.integers(0, rows, 9))
     close(backend.kernels.embedding(ids, weight), quantized.dequantize().double().numpy()[ids.numpy()], 1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38, 1e-40])
+def test_packed_linear_of_extreme_activations(backend: Backend, bits: int, bad: float) -> None:
+    """What isn't finite stays visible, in its own token alone; what is tiny or huge doesn't overflow."""
+    rows = torch.eye(40, 70) / 2
+    weight = PackedWeight(40, 70, bits)
+    scales = torch.full((40, 3), 0.5).half()
+    values = torch.zeros(40, 3, 16, dtype=torch.uint8)
+    weight.write(0, quantize_int8(rows) if bits == 8 else QuantizedRows(4, 70, values, scales, -scales))
+    x = torch.ones(8, 70)
+    x[3, :32] = bad * torch.eye(32)[5] if math.isfinite(bad) else 1.0
+    x[3, 5] = bad
+    have = backend.kernels.linear(x, weight)
+    assert have[3].isfinite().all() == math.isfinite(bad)
+    others = [token for token in range(8) if token != 3 or math.isfinite(bad)]
+    want = x[others].double().numpy() @ weight.read().dequantize().double().numpy().T
+    close(have[others], want, 1e-5 if backend.kernels.name == "reference" else 5e-2)
 
 
 # The rest
