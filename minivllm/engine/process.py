@@ -8,6 +8,7 @@ sockets in DIR, which only this user can enter.
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -53,6 +54,7 @@ def main(directory: str) -> int:
         logger.exception("the engine can't start")
         events.send(messages.encode(messages.StartFailed(f"{type(error).__name__}: {error}")))
         return 1
+    gc.freeze()  # what start-up made stays: no collection walks over it in the middle of a step
     events.send(messages.encode(messages.Ready(engine.info, engine.stats())))
     serve(engine, requests, events)
     context.destroy(linger=0)
