@@ -54,17 +54,24 @@ def sample(
     if any(request.num_output_tokens < request.sampling.min_tokens for request in requests):
         scores_LV = _mask_ends(scores_LV, requests, eos_token_ids)
 
-    tokens_L = scores_LV.argmax(dim=-1)
+    tokens_L = _argmax(scores_LV)
     random_rows = [row for row, p in enumerate(params) if not p.is_greedy]
     if random_rows:
         index = torch.tensor(random_rows, device=logits_LV.device)
         keys_L2 = _noise_keys([requests[row] for row in random_rows]).to(logits_LV.device)
         scaled_LV = _scale_and_filter(scores_LV[index], [params[row] for row in random_rows])
-        tokens_L[index] = (scaled_LV + _gumbel_noise(keys_L2, logits_LV.shape[1])).argmax(dim=-1)
+        tokens_L[index] = _argmax(scaled_LV + _gumbel_noise(keys_L2, logits_LV.shape[1]))
 
     token_ids: list[int] = tokens_L.tolist()
     logprobs = _logprobs(logits_LV, token_ids, params)
     return [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
+
+
+def _argmax(scores_LV: torch.Tensor) -> torch.Tensor:
+    """Where each row is largest, and the first such place: int64 [L]. ``scores_LV`` is float32."""
+    if scores_LV.device.type == "cpu":  # numpy takes a tenth of torch's time
+        return torch.from_numpy(scores_LV.numpy().argmax(axis=-1))
+    return scores_LV.argmax(dim=-1)
 
 
 def _penalise(scores_LV: torch.Tensor, requests: list[Request]) -> torch.Tensor:
