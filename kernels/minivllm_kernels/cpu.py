@@ -74,20 +74,20 @@ class CppBackend(KernelBackend):
             return super().rms_norm_linear(x_TN, residual_TN, norm_weight_N, eps, weight, bias)
         x_TN = _rows("x_TN", x_TN, weight.columns)
         num_tokens = x_TN.shape[0]
-        residual, sum_TN = _residual(x_TN, residual_TN)
+        residual = _residual(x_TN, residual_TN)
         out = torch.empty(num_tokens, weight.rows)
         self._rms_norm_linear(
             x_TN.data_ptr(),
             residual,
             _address(norm_weight_N, weight.columns),
             eps,
-            sum_TN.data_ptr() if residual else 0,
+            residual,  # where the sum goes: no second tensor, no second stretch of memory
             *weight.arguments,
             _address(bias, weight.rows),
             out.data_ptr(),
             num_tokens,
         )
-        return out, sum_TN
+        return out, x_TN if residual_TN is None else residual_TN
 
     def silu_and_mul_linear(
         self, gate_up_TI2: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None
@@ -118,7 +118,8 @@ class CppBackend(KernelBackend):
         self, x_TN: torch.Tensor, weight_N: torch.Tensor, eps: float, residual_TN: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x_TN = _rows("x_TN", x_TN, x_TN.shape[-1])
-        residual, sum_TN = _residual(x_TN, residual_TN)
+        residual = _residual(x_TN, residual_TN)
+        sum_TN = torch.empty_like(x_TN) if residual else x_TN
         normed_TN = torch.empty_like(x_TN)
         self._rms_norm(
             x_TN.data_ptr(),
@@ -227,10 +228,10 @@ def _token_stride(name: str, x_THD: torch.Tensor) -> int:
     return token
 
 
-def _residual(x_TN: torch.Tensor, residual_TN: torch.Tensor | None) -> tuple[int, torch.Tensor]:
-    """(the residual's address or 0, where the sum goes: without a residual it is x itself)."""
+def _residual(x_TN: torch.Tensor, residual_TN: torch.Tensor | None) -> int:
+    """The residual's address, or 0 for none."""
     if residual_TN is None:
-        return 0, x_TN
+        return 0
     if (
         residual_TN.shape != x_TN.shape
         or residual_TN.dtype != torch.float32
@@ -240,7 +241,7 @@ def _residual(x_TN: torch.Tensor, residual_TN: torch.Tensor | None) -> tuple[int
             f"residual_TN must be contiguous float32 {tuple(x_TN.shape)}, "
             f"got {residual_TN.dtype} {tuple(residual_TN.shape)}"
         )
-    return residual_TN.data_ptr(), torch.empty_like(x_TN)
+    return residual_TN.data_ptr()
 
 
 def _address(vector: torch.Tensor | None, size: int) -> int:

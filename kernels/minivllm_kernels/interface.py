@@ -53,7 +53,10 @@ class KernelBackend(Protocol):
         weight: Weight,
         bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`rms_norm`, then :meth:`linear`. Returns ([T, rows], ``x + residual`` [T, N])."""
+        """:meth:`rms_norm`, then :meth:`linear`. Returns ([T, rows], ``x + residual`` [T, N]).
+
+        ``residual`` may be overwritten with the sum: whoever calls goes on with what is returned.
+        """
         normed_TN, sum_TN = self.rms_norm(x_TN, norm_weight_N, eps, residual_TN)
         return self.linear(normed_TN, weight, bias), sum_TN
 

@@ -52,7 +52,7 @@ class Attention:
         heads_TAD = qkv.view(x_TN.shape[0], -1, self.head_dim)
         k_cache_PKSD, v_cache_PKSD = cache.k_PKSD, cache.v_PKSD
         self.kernels.rope_and_write_kv(heads_TAD, cos_TD, sin_TD, k_cache_PKSD, v_cache_PKSD, batch.slots_T)
-        out = qkv.new_empty((x_TN.shape[0], self.num_heads * self.head_dim))
+        out = torch.empty(x_TN.shape[0], self.num_heads * self.head_dim, dtype=qkv.dtype, device=qkv.device)
         self.kernels.paged_attention(
             heads_TAD[:, : self.num_heads],
             k_cache_PKSD,

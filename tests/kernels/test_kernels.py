@@ -359,6 +359,34 @@ def test_packed_linear_of_extreme_activations(backend: Backend, bits: int, bad: 
     close(have[others], want, 1e-5 if backend.kernels.name == "reference" else 5e-2)
 
 
+@pytest.mark.parametrize("bits", [4, 8, None])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_fused_products_are_their_parts(
+    backend: Backend, rng: np.random.Generator, has_residual: bool, bits: int | None
+) -> None:
+    """rms_norm or silu_and_mul, then linear: to the bit what the kernels say one after the other."""
+    num_tokens, rows, columns, device = int(rng.integers(1, 40)), 48, 80, backend.device
+    x, residual = (normal(rng, num_tokens, columns, dtype=torch.float32, device=device) for _ in range(2))
+    norm, bias = (normal(rng, size, dtype=torch.float32, device=device) for size in (columns, rows))
+    gate_up = normal(rng, num_tokens, 2 * columns, dtype=torch.float32, device=device)
+    weight: Any = normal(rng, rows, columns, dtype=torch.float32, device=device)
+    if bits is not None:
+        rounded, weight = weight, PackedWeight(rows, columns, bits)
+        weight.blocks.random_(0, 60)
+        if bits == 8:
+            weight.write(0, quantize_int8(rounded))
+    kernels = backend.kernels
+    normed, total = kernels.rms_norm(x, norm, 1e-5, residual if has_residual else None)
+    want = kernels.linear(normed, weight, bias), total.clone()
+    have = kernels.rms_norm_linear(x, residual if has_residual else None, norm, 1e-5, weight, bias)
+    assert same_bits(have[0], want[0])
+    assert same_bits(have[1], want[1])
+    activated = kernels.silu_and_mul(gate_up)
+    assert same_bits(
+        kernels.silu_and_mul_linear(gate_up, weight, bias), kernels.linear(activated, weight, bias)
+    )
+
+
 # The rest
 
 
