@@ -86,7 +86,7 @@ setup(
         Extension(
             "minivllm_kernels._cpu",
             [f"{CSRC}/{source}.cpp" for source in (*SOURCES, "module")],
-            depends=[f"{CSRC}/{header}.h" for header in ("dot", "elementwise", "kernels", "simd")],
+            depends=[f"{CSRC}/{header}.h" for header in ("dot", "elementwise", "kernels", "simd", "threads")],
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,
             language="c++",

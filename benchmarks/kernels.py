@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -343,9 +342,7 @@ def main() -> None:
     if isinstance(backend, CppBackend):
         cases.insert(0, Case("(empty loop on all threads)", 0, lambda: partial(backend.peak_int8, 0), {}))
 
-    busy = machine.busy_processes()
-    if busy:
-        print(f"warning: the machine is not idle, the figures will be wrong: {busy}", file=sys.stderr)
+    busy = machine.warn_if_busy()
     torch.manual_seed(0)
     ceilings = make_ceilings(backend)
     measure(ceilings, cases, args.rounds)

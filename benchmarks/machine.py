@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def busy_processes(seconds: float = 2.0) -> dict[str, float]:
         if share > 0.03 and pid != os.getpid():
             busy[f"{name} ({pid})"] = round(share, 2)
     return dict(sorted(busy.items(), key=lambda item: -item[1]))
+
+
+def warn_if_busy() -> dict[str, float]:
+    """:func:`busy_processes`, with a warning on standard error if there are any."""
+    busy = busy_processes()
+    if busy:
+        taken = ", ".join(f"{name} {share:.2f} cores" for name, share in busy.items())
+        print(
+            f"warning: the machine is not idle, the figures will be wrong: {taken}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return busy
 
 
 def _cpu_seconds() -> dict[int, tuple[str, float]]:

@@ -99,8 +99,7 @@ def main(argv: list[str]) -> None:
     parsed = parser.parse(argv)
     offline = parser.make_config(OfflineConfig, parsed)
     config = parser.make_config(EngineConfig, parsed)
-    if busy := machine.busy_processes():
-        print(f"warning: the machine is not idle, the figures will be wrong: {busy}", file=sys.stderr)
+    machine.warn_if_busy()
 
     bench = Bench(LLM(**vars(config)).engine, config.seed or 0)
     bench.round(2, offline.prompt_tokens, 8)  # warm-up

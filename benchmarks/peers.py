@@ -242,19 +242,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def busy_processes() -> dict[str, float]:
-    """Who else takes CPU time at the moment, with a warning if anyone does."""
-    busy = machine.busy_processes()
-    if busy:
-        taken = ", ".join(f"{name} {share:.2f} cores" for name, share in busy.items())
-        say(f"warning: the machine is not idle, the figures will be wrong: {taken}")
-    return busy
-
-
 def main() -> None:
     args = _parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # stops the contenders, too
-    busy = {"at start": busy_processes()}
+    busy = {"at start": machine.warn_if_busy()}
     if busy["at start"] and not args.even_if_busy:
         raise SystemExit("not measured; --even-if-busy measures all the same")
     model = resolve_model(args.model).path
@@ -285,7 +276,7 @@ def main() -> None:
         }
         rounds: Rounds = {workload.name: {name: [] for name in contenders} for workload in work}
         for number in range(args.rounds):
-            busy[f"before round {number + 1}"] = busy_processes()
+            busy[f"before round {number + 1}"] = machine.warn_if_busy()
             for workload in work:
                 turns = [words.prompts(workload.users, workload.prompt_tokens) for _ in range(4)]
                 first = number % len(contenders)  # another one goes first in each round

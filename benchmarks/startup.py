@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import signal
 import statistics
@@ -21,6 +19,8 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+
+import machine
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0}
 
@@ -70,18 +70,9 @@ def main() -> None:
             f"{stage:>24}: {statistics.median(seconds):6.2f} s   ({min(seconds):.2f} to {max(seconds):.2f})"
         )
     if args.json is not None:
-        machine = {"cpu": _cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
         args.json.write_text(
-            json.dumps({"machine": machine, "flags": args.flags, "runs": runs}, indent=1) + "\n"
+            json.dumps({"machine": machine.describe(), "flags": args.flags, "runs": runs}, indent=1) + "\n"
         )
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

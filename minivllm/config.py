@@ -65,7 +65,7 @@ class EngineConfig:
     )
     dtype: str = option(
         "auto",
-        "of weights, activations and KV cache; auto: the checkpoint's on cuda, float32 on cpu",
+        "of weights and activations; auto: the checkpoint's on cuda, float32 on cpu",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     quantization: str = option(

@@ -16,16 +16,12 @@
 
 #include "kernels.h"
 #include "simd.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "threads.h"
 
 namespace minivllm::ISA {
 
 namespace {
 
-constexpr int kBlockSize = 16;
 constexpr int kTileRows = 32;
 constexpr int kTileKeys = 64;
 constexpr int kRangeKeys = 512;
@@ -218,14 +214,6 @@ class Kernel {
     }
 
    private:
-    static int num_threads() {
-#if defined(_OPENMP)
-        return omp_get_max_threads();
-#else
-        return 1;
-#endif
-    }
-
     // The same tiles, the ranges of each in parallel.
     void run_ranges(const std::vector<Tile>& tiles) const {
         struct Item {

@@ -8,7 +8,6 @@ namespace minivllm::ISA {
 
 namespace {
 
-constexpr int64_t kBlockSize = 16;
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kParallelTokens = 16;  // fewer aren't worth waking the other threads
 

@@ -10,10 +10,7 @@
 #include "dot.h"
 #include "elementwise.h"
 #include "kernels.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "threads.h"
 
 namespace minivllm::ISA {
 
@@ -24,14 +21,6 @@ constexpr int64_t kBlockTokens = 128;  // tokens that pass over them: their acti
 constexpr int64_t kSerialTokens = 4;   // fewer are quantised before the other threads are woken
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int num_threads() {
-#if defined(_OPENMP)
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
 
 // Grow-only memory that a thread keeps from call to call.
 template <class T>

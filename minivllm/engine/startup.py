@@ -129,11 +129,10 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> KernelBackend:
             "weights are expanded to float32; with a C++ compiler present, install minivllm again"
         )
     else:
-        others = [name for name in available_backends() if name not in (kernels.name, "reference")]
         logger.info(
             "kernels: C++ for %s (of %s), %d threads",
             kernels.name,
-            ", ".join([kernels.name, *others]),
+            ", ".join(name for name in available_backends() if name != "reference"),
             torch.get_num_threads(),
         )
     return kernels

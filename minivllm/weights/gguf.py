@@ -88,7 +88,7 @@ class GGUFFile:
         tensor = self._weights.get(name)
         if tensor is None or tensor.type in _PLAIN_TYPES:
             return None
-        return 4 if tensor.type in ("Q4_0", "Q4_1") else 8
+        return _BLOCKS[tensor.type][0] if tensor.type in _BLOCKS else 8  # the rest are rounded anew
 
     def iter_tensors(
         self, config: ModelConfig, packed: frozenset[str] = frozenset()
