@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from minivllm.config import EngineConfig, format_size
 from minivllm.engine.batch import FlatBatch
-from minivllm.engine.runner import TorchRunner
+from minivllm.engine.runner import PendingTokens, TorchRunner
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
 from minivllm.engine.startup import load_model, make_engine
 from minivllm.errors import StartupError
@@ -70,18 +70,21 @@ HEADER = "quantization      weights  KV cache  perplexity  difference   mean KL 
 class ScoringRunner:
     """Executes steps as ``runner`` does, but keeps every token's logits, and samples nothing."""
 
+    runs_ahead = False
+
     def __init__(self, runner: TorchRunner) -> None:
         self.runner = runner
         self.logits_TV = torch.empty(0)
         """Of the last step."""
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> list[SampledToken | None]:
+    def execute(self, batch: ScheduledBatch) -> PendingTokens:
         """Run the step; a request that would be sampled gets token 0."""
         flat = FlatBatch.build(batch, self.runner.device)
         every_token = torch.arange(batch.num_tokens, device=self.runner.device)
         self.logits_TV = self.runner.model(replace(flat, logits_index_L=every_token), self.runner.caches)
-        return [SampledToken(0) if item.is_sampled else None for item in batch.requests]
+        tokens = [SampledToken(0) if item.is_sampled else None for item in batch.requests]
+        return lambda: tokens
 
 
 class Candidate:

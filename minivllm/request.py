@@ -19,6 +19,10 @@ MAX_LOGPROBS = 20
 MAX_N = 128
 
 
+PENDING_TOKEN = -1
+"""Stands in a sequence for a token whose step still runs on the device."""
+
+
 class FinishReason(str, Enum):
     """Why a request ended."""
 
@@ -92,6 +96,11 @@ class SamplingParams:
                 self._refuse("stop", "non-empty strings", repr(text))
         for token_id in self.stop_token_ids:
             self._check_int("stop_token_ids", token_id, 0, None)
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether the choice of a token takes the tokens before it, beyond the model."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
     def is_greedy(self) -> bool:
@@ -177,12 +186,16 @@ class Request:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     token_ids: list[int] = field(default_factory=list)
-    """Prompt, then output."""
+    """Prompt, then output; at the end :data:`PENDING_TOKEN` where the next one is still being computed."""
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     """Block ids, in order. Written by the block manager alone."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of the full blocks of ``token_ids``, as far as they were needed."""
+    num_shareable_blocks: int = 0
+    """Blocks at the start of the table that the prefix cache knows. Written by the block manager alone."""
+    is_finished: bool = False
+    """Whether its last event is out."""
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -196,6 +209,11 @@ class Request:
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def has_all_tokens(self) -> bool:
+        """Whether the sequence is as long as it may get, its last token known or pending."""
+        return len(self.token_ids) >= self.max_total_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:

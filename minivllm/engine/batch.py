@@ -7,13 +7,15 @@ Shape legend:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from minivllm.config import BLOCK_SIZE
 from minivllm.engine.scheduler import ScheduledBatch
+from minivllm.request import PENDING_TOKEN, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class FlatBatch:
     """A step's tensors, all sequences laid end to end. Integer tensors on the runner's device."""
 
     input_ids_T: torch.Tensor
-    """int64: the tokens."""
+    """int64: the tokens; ``-1 - row`` for the pending one that row ``row`` of the last step's samples is."""
     positions_T: torch.Tensor
     """int64: each token's index in its sequence."""
     slots_T: torch.Tensor
@@ -36,11 +38,17 @@ class FlatBatch:
     """int64: which of the T tokens a next token is sampled from."""
 
     @classmethod
-    def build(cls, batch: ScheduledBatch, device: torch.device) -> FlatBatch:
-        """Lay the batch out. Costs Python per sequence, numpy per token."""
+    def build(
+        cls, batch: ScheduledBatch, device: torch.device, sampled_rows: Mapping[Request, int] | None = None
+    ) -> FlatBatch:
+        """Lay the batch out. Costs Python per sequence, numpy per token.
+
+        Args:
+            sampled_rows: where the last step's samples are, for sequences that end in PENDING_TOKEN.
+        """
         items = batch.requests
         num_tokens = np.array([item.num_tokens for item in items], dtype=np.int64)
-        computed = np.array([item.request.num_computed_tokens for item in items], dtype=np.int64)
+        computed = np.array([item.start for item in items], dtype=np.int64)
         query_start = np.zeros(len(items) + 1, dtype=np.int32)
         np.cumsum(num_tokens, out=query_start[1:])
 
@@ -49,8 +57,9 @@ class FlatBatch:
         tables = np.zeros((len(items), max_blocks), dtype=np.int32)
         for row, item in enumerate(items):
             request = item.request
-            start = request.num_computed_tokens
-            input_ids += request.token_ids[start : start + item.num_tokens]
+            input_ids += request.token_ids[item.start : item.start + item.num_tokens]
+            if input_ids[-1] == PENDING_TOKEN and sampled_rows is not None:
+                input_ids[-1] = -1 - sampled_rows[request]
             tables[row, : len(request.block_table)] = request.block_table
 
         sequence_of_T = np.repeat(np.arange(len(items)), num_tokens)
@@ -69,4 +78,13 @@ class FlatBatch:
             seq_lens_B=tensor((computed + num_tokens).astype(np.int32)),
             query_start_B1=tensor(query_start),
             logits_index_L=tensor(query_start[1:][sampled].astype(np.int64) - 1),
+        )
+
+    def with_sampled(self, sampled_L: torch.Tensor) -> FlatBatch:
+        """The batch with the last step's samples, int64 [L], in the places of its pending tokens."""
+        if len(sampled_L) == 0:
+            return self
+        rows_T = (-1 - self.input_ids_T).clamp_(min=0)
+        return replace(
+            self, input_ids_T=torch.where(self.input_ids_T < 0, sampled_L[rows_T], self.input_ids_T)
         )

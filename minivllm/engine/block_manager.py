@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 from minivllm.config import BLOCK_SIZE
-from minivllm.request import Request
+from minivllm.request import PENDING_TOKEN, Request
 
 
 def blocks_for(num_tokens: int) -> int:
@@ -91,7 +91,10 @@ class BlockManager(ABC):
         """Make room for ``num_tokens`` tokens after the computed ones; if there is none, change nothing."""
 
     def commit(self, request: Request, num_tokens: int) -> None:
-        """Note that the keys and values of the next ``num_tokens`` tokens are in the cache now."""
+        """Note that the keys and values of the next ``num_tokens`` tokens are in the cache.
+
+        Whoever reads them comes after the step that writes them: that step may still be running.
+        """
         request.num_computed_tokens += num_tokens
 
     @abstractmethod
@@ -114,7 +117,7 @@ class BlockManager(ABC):
     def _release(self, request: Request) -> None:
         del self._live[request.request_id]
         request.block_table = []
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_shareable_blocks = 0
 
     def _allocated_slots(self, request: Request) -> tuple[int, int, int]:
         """(held, reserved, internal waste) of one live request's own table."""
@@ -161,6 +164,7 @@ class PagedBlockManager(BlockManager):
             self._cached.pop(block, None)
         request.block_table = hits + [self._allocate() for _ in range(num_new)]
         request.num_computed_tokens = len(hits) * BLOCK_SIZE
+        request.num_shareable_blocks = len(hits)
         self._live[request.request_id] = request
         if self.use_prefix_cache:
             self.num_queried_tokens += len(request.token_ids)
@@ -175,17 +179,20 @@ class PagedBlockManager(BlockManager):
         return True
 
     def commit(self, request: Request, num_tokens: int) -> None:
-        first_new = request.num_computed_tokens // BLOCK_SIZE
-        super().commit(request, num_tokens)
-        if not self.use_prefix_cache:
+        request.num_computed_tokens += num_tokens
+        num_full = request.num_computed_tokens // BLOCK_SIZE
+        if num_full == request.num_shareable_blocks or not self.use_prefix_cache:
             return
-        for index in range(first_new, request.num_computed_tokens // BLOCK_SIZE):
+        if request.token_ids[num_full * BLOCK_SIZE - 1] == PENDING_TOKEN:
+            num_full -= 1  # its last token isn't known yet: the next commit comes back to it
+        for index in range(request.num_shareable_blocks, num_full):
             key = self._key(request, index)
             # Where another request has computed the same prefix before, this copy stays private.
             if key not in self._block_of:
                 block = request.block_table[index]
                 self._key_of[block] = key
                 self._block_of[key] = block
+        request.num_shareable_blocks = num_full
 
     def free(self, request: Request) -> None:
         # Last block first: when space is needed, a prefix's tail goes before its head.

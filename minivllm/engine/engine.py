@@ -8,19 +8,36 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import deque
+from typing import NamedTuple
 
 from minivllm.config import EngineConfig
 from minivllm.engine.block_manager import BlockManager, ContiguousBlockManager, PagedBlockManager
-from minivllm.engine.runner import Runner
-from minivllm.engine.scheduler import ContinuousScheduler, Scheduler, SchedulerLimits, SequentialScheduler
+from minivllm.engine.runner import PendingTokens, Runner
+from minivllm.engine.scheduler import (
+    ContinuousScheduler,
+    ScheduledBatch,
+    Scheduler,
+    SchedulerLimits,
+    SequentialScheduler,
+)
 from minivllm.errors import InvalidRequestError
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, Request, RequestMetrics, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 
+class _Step(NamedTuple):
+    batch: ScheduledBatch
+    tokens: PendingTokens
+
+
 class Engine:
     """Schedule → execute → update, over one runner.
+
+    Where the runner is a GPU, it computes a step while the host takes in the tokens of the step before
+    and prepares the next: the card doesn't wait for Python. A request that turns out to have ended was
+    then computed for once too often, and that token is dropped.
 
     Args:
         config: chooses the block manager and the scheduler; nothing else looks at those two flags.
@@ -61,12 +78,14 @@ class Engine:
         }
         self.scheduler = schedulers[config.scheduler](self.block_manager, limits)
         self._requests: dict[str, Request] = {}
+        self._in_flight: deque[_Step] = deque()
+        """Steps that were started and whose tokens haven't been taken in, oldest first."""
         self._seeds = random.Random(config.seed)
 
     @property
     def has_work(self) -> bool:
         """Whether :meth:`step` would do anything."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._in_flight)
 
     def add(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams) -> None:
         """Queue a request that :func:`minivllm.request.check_request` has let through.
@@ -101,21 +120,45 @@ class Engine:
         return None if request is None else self.scheduler.abort(request)
 
     def step(self) -> list[EngineEvent]:
-        """Run one step over all that is scheduled. A step that raises ends its own requests only."""
+        """Start a step over all that is scheduled, and take in the tokens of the one that ran until now.
+
+        A runner that doesn't run ahead has its tokens at once. A step that raises ends its own
+        requests only.
+        """
+        events: list[EngineEvent] = []
+        if self._in_flight and self._in_flight[0].batch.reads_output:
+            events += self._take_in()
         batch = self.scheduler.schedule()
-        if not batch.requests:
-            return []
-        try:
-            sampled = self.runner.execute(batch)
-        except Exception as error:
-            logger.exception("a step over %d requests failed", len(batch.requests))
-            events = self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
-        else:
-            events = self.scheduler.update(batch, sampled)
+        if batch.requests:
+            events += self._start(batch)
+        num_ahead = 1 if self.runner.runs_ahead and batch.requests else 0
+        while len(self._in_flight) > num_ahead:
+            events += self._take_in()
         for event in events:
             if event.finish_reason is not None:
                 del self._requests[event.request_id]
         return events
+
+    def _start(self, batch: ScheduledBatch) -> list[EngineEvent]:
+        try:
+            tokens = self.runner.execute(batch)
+        except Exception as error:
+            return self._fail(batch, error)
+        self.scheduler.advance(batch)
+        self._in_flight.append(_Step(batch, tokens))
+        return []
+
+    def _take_in(self) -> list[EngineEvent]:
+        batch, tokens = self._in_flight.popleft()
+        try:
+            sampled = tokens()
+        except Exception as error:
+            return self._fail(batch, error)
+        return self.scheduler.update(batch, sampled)
+
+    def _fail(self, batch: ScheduledBatch, error: Exception) -> list[EngineEvent]:
+        logger.error("a step over %d requests failed", len(batch.requests), exc_info=error)
+        return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,13 +13,20 @@ from minivllm.engine.sampler import sample
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
 from minivllm.models.attention import LayerCache
 from minivllm.models.llama import Llama
+from minivllm.request import Request
+
+PendingTokens = Callable[[], list[SampledToken | None]]
+"""Waits for a step's tokens: one entry for each request of the batch, None where it isn't sampled yet."""
 
 
 class Runner(Protocol):
     """Executes a step. Real, simulated or fake: the scheduler can't tell."""
 
-    def execute(self, batch: ScheduledBatch) -> list[SampledToken | None]:
-        """Run the step; one entry for each request, None where it isn't sampled yet."""
+    runs_ahead: bool
+    """Whether a step may be started before the tokens of the one before it are known to the host."""
+
+    def execute(self, batch: ScheduledBatch) -> PendingTokens:
+        """Start the step. Where a sequence ends in :data:`PENDING_TOKEN`, the last step's token goes in."""
 
 
 class TorchRunner:
@@ -35,6 +43,7 @@ class TorchRunner:
         self, model: Llama, *, num_blocks: int, kv_dtype: torch.dtype, eos_token_ids: frozenset[int]
     ) -> None:
         self.model = model
+        self.runs_ahead = model.placement.device.type == "cuda"
         self.eos_token_ids = eos_token_ids
         self.device = model.placement.device
         config = model.config
@@ -50,10 +59,21 @@ class TorchRunner:
             device=self.device,
         )
         self.caches = [LayerCache(layer[0], layer[1]) for layer in pool]
+        self._sampled_rows: dict[Request, int] = {}
+        self._sampled_L = torch.empty(0, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> list[SampledToken | None]:
+    def execute(self, batch: ScheduledBatch) -> PendingTokens:
         """Flat tensors → logits → tokens. Mutates the KV pool, nothing else."""
-        logits_LV = self.model(FlatBatch.build(batch, self.device), self.caches)
-        sampled = iter(sample(logits_LV, batch.sampled_requests(), self.eos_token_ids))
-        return [next(sampled) if item.is_sampled else None for item in batch.requests]
+        requests = batch.sampled_requests()
+        flat = FlatBatch.build(batch, self.device, self._sampled_rows)
+        if self.runs_ahead:
+            flat = flat.with_sampled(self._sampled_L)
+        logits_LV = self.model(flat, self.caches)
+        tokens = sample(logits_LV, requests, self.eos_token_ids)
+        sampled = iter(tokens)
+        result = [next(sampled) if item.is_sampled else None for item in batch.requests]
+        if self.runs_ahead:
+            self._sampled_rows = {request: row for row, request in enumerate(requests)}
+            self._sampled_L = torch.tensor([token.token_id for token in tokens])
+        return lambda: result

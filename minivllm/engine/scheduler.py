@@ -5,6 +5,9 @@ one token budget (Agrawal et al. 2023, "Sarathi": chunked prefill), decodes firs
 prompt never stalls the others. When blocks run out, the most recently admitted sequence is evicted
 and computed again later (Kwon et al. 2023, section 4.5: recomputation).
 
+A step's life is schedule → execute → advance → update. On a GPU the next step is scheduled between
+the last two: a sequence then ends in :data:`PENDING_TOKEN` until ``update`` brings its token.
+
 Admission is first come, first served. To try another policy, subclass :class:`Scheduler` and
 override :meth:`~Scheduler.may_admit`, or :meth:`~Scheduler.schedule` as a whole.
 """
@@ -14,23 +17,26 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minivllm.engine.block_manager import BlockManager
-from minivllm.request import EngineEvent, FinishReason, Request, TokenLogprob
+from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, Request, TokenLogprob
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class ScheduledRequest:
     """``num_tokens`` uncomputed tokens of one request go through the model in this step."""
 
     request: Request
     num_tokens: int
+    start: int = field(init=False)
+    """Position of the first of them."""
+    is_sampled: bool = field(init=False)
+    """Whether these are the sequence's last tokens, so that the next one is sampled."""
 
-    @property
-    def is_sampled(self) -> bool:
-        """Whether these are the last known tokens, so that the next one is sampled."""
-        return self.num_tokens == self.request.num_uncomputed_tokens
+    def __post_init__(self) -> None:
+        self.start = self.request.num_computed_tokens
+        self.is_sampled = self.start + self.num_tokens == len(self.request.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,11 @@ class ScheduledBatch:
     def sampled_requests(self) -> list[Request]:
         """The requests that get a token in this step, in batch order."""
         return [item.request for item in self.requests if item.is_sampled]
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether sampling needs to know tokens that the step before may not have brought yet."""
+        return any(item.request.sampling.reads_output for item in self.requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +107,13 @@ class Scheduler(ABC):
 
     def abort(self, request: Request) -> EngineEvent:
         """End a waiting or running request now; its blocks are free when this returns."""
-        if request in self.running:
-            self.running.remove(request)
-            self.block_manager.free(request)
-        else:
-            self.waiting.remove(request)
-        return self._finish_event(request, [], FinishReason.ABORT)
+        return self._finish(request, [], FinishReason.ABORT)
 
     def schedule(self) -> ScheduledBatch:
-        """Choose the next step's work and allocate its blocks. Empty only if there is no work."""
+        """Choose the next step's work and allocate its blocks.
+
+        Empty only if there is no work, or if all that runs waits for tokens of the step before.
+        """
         budget = self.limits.max_num_batched_tokens
         scheduled: dict[Request, int] = {}
 
@@ -112,8 +121,8 @@ class Scheduler(ABC):
         for request in sorted(self.running, key=lambda request: request.num_uncomputed_tokens > 1):
             if budget == 0:
                 break
-            if not request.block_table:
-                continue  # evicted a moment ago, by another in this loop
+            if not request.block_table or request.has_all_tokens:
+                continue  # evicted a moment ago, by another in this loop; or its last token is pending
             num_tokens = min(request.num_uncomputed_tokens, budget)
             while not self.block_manager.grow(request, num_tokens):
                 victim = self.running.pop()
@@ -129,7 +138,7 @@ class Scheduler(ABC):
             # A block stays free for each running sequence: admitting into the last ones would only
             # evict somebody within the next steps, and its prefill would be for nothing.
             request = self.waiting[0]
-            if not self.block_manager.admit(request, headroom=len(self.running)):
+            if request.has_all_tokens or not self.block_manager.admit(request, headroom=len(self.running)):
                 break
             self.waiting.popleft()
             self.running.append(request)
@@ -141,42 +150,46 @@ class Scheduler(ABC):
 
         return ScheduledBatch([ScheduledRequest(request, n) for request, n in scheduled.items()])
 
+    def advance(self, batch: ScheduledBatch) -> None:
+        """Count on the step, which has been started: its tokens are computed, those it samples pending."""
+        for item in batch.requests:
+            self.block_manager.commit(item.request, item.num_tokens)
+            if item.is_sampled:
+                item.request.token_ids.append(PENDING_TOKEN)
+
     def update(self, batch: ScheduledBatch, sampled: list[SampledToken | None]) -> list[EngineEvent]:
-        """Append what the step sampled, and free what it finished.
+        """Put what the step sampled in the places of its pending tokens, and free what it finished.
 
         Args:
-            batch: what :meth:`schedule` returned.
+            batch: what :meth:`schedule` returned, advanced.
             sampled: one for each request of the batch; None where its prompt isn't through yet.
 
         Returns:
-            One event for each request that got a token.
+            One event for each request that got a token. A request that has ended since gets none.
         """
         events = []
         for item, token in zip(batch.requests, sampled, strict=True):
             request = item.request
-            self.block_manager.commit(request, item.num_tokens)
-            if token is None:
+            if token is None or request.is_finished:
                 continue
-            request.token_ids.append(token.token_id)
+            num_tokens = item.start + item.num_tokens + 1
+            request.token_ids[num_tokens - 1] = token.token_id
             if request.metrics.first_token_time == 0.0:
                 request.metrics.first_token_time = time.monotonic()
             logprobs = None if token.logprob is None else [token.logprob]
-            reason = self._finish_reason(request)
+            reason = self._finish_reason(request, num_tokens)
             if reason is None:
                 events.append(EngineEvent(request.request_id, [token.token_id], logprobs))
             else:
-                self.running.remove(request)
-                self.block_manager.free(request)
-                events.append(self._finish_event(request, [token.token_id], reason, logprobs=logprobs))
+                events.append(self._finish(request, [token.token_id], reason, logprobs=logprobs))
         return events
 
     def fail(self, batch: ScheduledBatch, error: str) -> list[EngineEvent]:
         """End the requests of a step that raised; nobody else is touched."""
-        for item in batch.requests:
-            self.running.remove(item.request)
-            self.block_manager.free(item.request)
         return [
-            self._finish_event(item.request, [], FinishReason.ERROR, error=error) for item in batch.requests
+            self._finish(item.request, [], FinishReason.ERROR, error=error)
+            for item in batch.requests
+            if not item.request.is_finished
         ]
 
     def check_integrity(self) -> None:
@@ -197,19 +210,20 @@ class Scheduler(ABC):
         self.num_preemptions += 1
         self.waiting.appendleft(victim)
 
-    def _finish_reason(self, request: Request) -> FinishReason | None:
-        params, token_id = request.sampling, request.token_ids[-1]
-        if request.num_output_tokens > params.min_tokens:  # the sampler masks them before that
+    def _finish_reason(self, request: Request, num_tokens: int) -> FinishReason | None:
+        """Whether the request ends with its first ``num_tokens`` tokens, and why."""
+        params, token_id = request.sampling, request.token_ids[num_tokens - 1]
+        if num_tokens - request.num_prompt_tokens > params.min_tokens:  # the sampler masks them before that
             if token_id in params.stop_token_ids:
                 return FinishReason.STOP
             if token_id in self.limits.eos_token_ids and not params.ignore_eos:
                 return FinishReason.STOP
-        if len(request.token_ids) >= request.max_total_tokens:
+        if num_tokens >= request.max_total_tokens:
             return FinishReason.LENGTH
         return None
 
-    @staticmethod
-    def _finish_event(
+    def _finish(
+        self,
         request: Request,
         new_token_ids: list[int],
         reason: FinishReason,
@@ -217,6 +231,13 @@ class Scheduler(ABC):
         logprobs: list[TokenLogprob] | None = None,
         error: str | None = None,
     ) -> EngineEvent:
+        """Take a request out of its queue and free its blocks, which a running step may still write to."""
+        if request.block_table:
+            self.running.remove(request)
+            self.block_manager.free(request)
+        else:
+            self.waiting.remove(request)
+        request.is_finished = True
         request.metrics.finished_time = time.monotonic()
         return EngineEvent(request.request_id, new_token_ids, logprobs, reason, error, request.metrics)
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
+from minivllm.engine.runner import PendingTokens
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
 from minivllm.errors import InvalidRequestError
-from minivllm.request import EngineEvent, EngineInfo, FinishReason, Request, SamplingParams
+from minivllm.request import PENDING_TOKEN, EngineEvent, EngineInfo, FinishReason, Request, SamplingParams
 
 S = 16  # slots in a block
 VOCAB_SIZE = 10
@@ -65,16 +66,19 @@ class StepFailed(RuntimeError):
 class FakeRunner:
     """Keeps in each slot the token that was written there and its position, as a real cache keeps its KV.
 
-    A step in ``failing_steps`` raises, after it has overwritten what it was allowed to write.
+    A step in ``failing_steps`` raises, after it has overwritten what it was allowed to write. One that
+    runs ahead knows the tokens it sampled, as a device does, before the engine has taken them in.
     """
 
-    def __init__(self, failing_steps: frozenset[int] = frozenset()) -> None:
+    def __init__(self, failing_steps: frozenset[int] = frozenset(), *, runs_ahead: bool = False) -> None:
         self.failing_steps = failing_steps
+        self.runs_ahead = runs_ahead
+        self.last_sampled: dict[Request, int] = {}
         self.num_steps = 0
         self.slots: dict[int, tuple[int, int]] = {}
         self.last_batch: list[tuple[Request, int, int]] = []  # request, first position, tokens
 
-    def execute(self, batch: ScheduledBatch) -> list[SampledToken | None]:
+    def execute(self, batch: ScheduledBatch) -> PendingTokens:
         self.num_steps += 1
         items = [(item.request, item.request.num_computed_tokens, item.num_tokens) for item in batch.requests]
         self.last_batch = items
@@ -87,7 +91,7 @@ class FakeRunner:
                 slot = self.slot(request, position)
                 assert slot not in written, "two tokens of one step in one slot"
                 written.add(slot)
-                self.slots[slot] = (request.token_ids[position], position)
+                self.slots[slot] = (self.token(request, position), position)
         if self.num_steps in self.failing_steps:
             for slot in written:
                 self.slots[slot] = (-1, -1)
@@ -99,7 +103,20 @@ class FakeRunner:
             in_cache = [self.slots[self.slot(request, position)][0] for position in range(end)]
             is_last = end == len(request.token_ids)
             sampled.append(SampledToken(next_token(in_cache)) if is_last else None)
-        return sampled
+        self.last_sampled = {
+            request: token.token_id
+            for (request, _, _), token in zip(items, sampled, strict=True)
+            if token is not None
+        }
+        return lambda: sampled
+
+    def token(self, request: Request, position: int) -> int:
+        token = request.token_ids[position]
+        if token != PENDING_TOKEN:
+            return token
+        assert self.runs_ahead
+        assert position == len(request.token_ids) - 1
+        return self.last_sampled[request]
 
     @staticmethod
     def slot(request: Request, position: int) -> int:
@@ -108,7 +125,7 @@ class FakeRunner:
     def check_contents(self, request: Request, end: int) -> None:
         """The first ``end`` tokens' slots hold these tokens at these positions, and nothing else."""
         have = [self.slots.get(self.slot(request, position)) for position in range(end)]
-        want = [(request.token_ids[position], position) for position in range(end)]
+        want = [(self.token(request, position), position) for position in range(end)]
         assert have == want, f"{request.request_id} reads keys and values that aren't its own"
 
 
@@ -164,14 +181,23 @@ class Setup:
 class Driver:
     """Steps an engine through its jobs and checks, around every step, what must hold."""
 
-    def __init__(self, setup: Setup, jobs: list[Job], failing_steps: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        jobs: list[Job],
+        failing_steps: frozenset[int] = frozenset(),
+        *,
+        runs_ahead: bool = False,
+    ) -> None:
         self.setup, self.jobs = setup, jobs
-        self.runner = FakeRunner(failing_steps)
+        self.runner = FakeRunner(failing_steps, runs_ahead=runs_ahead)
         self.engine = setup.engine(self.runner)
         self.rank: dict[str, int] = {}  # order of arrival
         # Nobody is admitted past the oldest unfinished request, and nobody evicts it: while it is the
         # oldest, each step computes at least one of its tokens, or raises and ends it.
         self.most_steps = sum(len(job.prompt) + self.most_new_tokens(job) for job in jobs) + len(jobs)
+        if runs_ahead:
+            self.most_steps *= 2  # every token may have to wait for the one before it
 
     def most_new_tokens(self, job: Job) -> int:
         room = self.setup.max_model_len - len(job.prompt)
@@ -188,8 +214,13 @@ class Driver:
                     self.abort(number)
             num_busy_steps += self.engine.has_work
             assert num_busy_steps <= self.most_steps, "requests hang"
-            self.step()
+            if self.runner.runs_ahead:
+                self.step_ahead()
+            else:
+                self.step()
             now += 1
+        if self.runner.runs_ahead and self.engine.has_work:
+            self.step_ahead()  # the last request's end came to light while one more step was running
         assert not self.engine.has_work
         stats = self.engine.stats()
         assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
@@ -263,6 +294,15 @@ class Driver:
         if sum(scheduled.values()) < self.setup.budget:
             for request in kept:
                 assert scheduled.get(request) == len(tokens[request]) - computed[request]
+        for event_ in events:
+            self.record(event_)
+
+    def step_ahead(self) -> None:
+        """A step that leaves another behind: what ran in it shows in the answers."""
+        before = self.runner.num_steps
+        events = self.engine.step()
+        self.engine.check_integrity()
+        assert events or self.runner.num_steps > before or not self.engine.has_work, "a step did nothing"
         for event_ in events:
             self.record(event_)
 
@@ -348,24 +388,28 @@ def setups(draw: st.DrawFn) -> Setup:
     num_jobs=st.one_of(st.integers(1, 8), st.integers(8, 20)),
     seed=st.integers(0, 2**32),
     failing_steps=st.one_of(st.just(frozenset()), st.frozensets(st.integers(1, 60), max_size=3)),
+    runs_ahead=st.booleans(),
 )
 def test_every_request_gets_its_tokens_whatever_the_schedule(
-    setup: Setup, num_jobs: int, seed: int, failing_steps: frozenset[int]
+    setup: Setup, num_jobs: int, seed: int, failing_steps: frozenset[int], runs_ahead: bool
 ) -> None:
     jobs = [make_job(seed, number, setup.max_model_len) for number in range(num_jobs)]
-    stats = Driver(setup, jobs, failing_steps).run().engine.stats()
+    stats = Driver(setup, jobs, failing_steps, runs_ahead=runs_ahead).run().engine.stats()
     event(f"preempted: {stats.num_preemptions > 0}")
     event(f"prefix hits: {stats.prefix_cache_hits > 0}")
 
 
 @pytest.mark.parametrize(("allocation", "scheduler"), POLICIES)
 @pytest.mark.parametrize("num_blocks", [10, 40])
-def test_a_hundred_requests_through_a_small_pool(allocation: str, scheduler: str, num_blocks: int) -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_hundred_requests_through_a_small_pool(
+    allocation: str, scheduler: str, num_blocks: int, runs_ahead: bool
+) -> None:
     setup = Setup(
         allocation, scheduler, num_blocks, max_model_len=160, budget=48, max_num_seqs=12, num_parallel=3
     )
     jobs = [make_job(num_blocks, number, 160, spread=60) for number in range(100)]
-    stats = Driver(setup, jobs).run().engine.stats()
+    stats = Driver(setup, jobs, runs_ahead=runs_ahead).run().engine.stats()
     if allocation == "contiguous":
         assert (stats.num_preemptions, stats.prefix_cache_hits) == (0, 0)
     else:

@@ -1,0 +1,148 @@
+"""A runner that runs ahead, as on a GPU, gives the tokens of one that doesn't.
+
+Here it is the CPU's, which has nothing to overlap, but takes the same way: the next step is scheduled
+and started while the tokens of the last one are pending.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minivllm.config import EngineConfig
+from minivllm.engine.engine import Engine
+from minivllm.engine.runner import TorchRunner
+from minivllm.engine.startup import build_engine
+from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, SamplingParams
+from minivllm.weights.files import resolve_model
+from tests.tiny_model import VOCAB_SIZE, write_tiny_model
+
+MakeEngine = Callable[..., Engine]
+BLOCK_BYTES = 2 * 2 * 2 * 8 * 16 * 4  # keys and values of 16 tokens in the tiny model, float32
+
+
+@pytest.fixture
+def make_tiny_engine(tmp_path: Path) -> MakeEngine:
+    files = resolve_model(write_tiny_model(tmp_path), load_format="dummy")
+
+    def make(*, runs_ahead: bool, num_blocks: int = 200, **settings: Any) -> Engine:
+        config = EngineConfig(
+            model=str(tmp_path),
+            load_format="dummy",
+            device="cpu",
+            max_model_len=200,
+            kv_cache_memory=num_blocks * BLOCK_BYTES,
+            **settings,
+        )
+        engine = build_engine(config, files)
+        assert isinstance(engine.runner, TorchRunner)
+        engine.runner.runs_ahead = runs_ahead
+        return engine
+
+    return make
+
+
+SAMPLINGS = [
+    SamplingParams(max_tokens=30, temperature=0.0),
+    SamplingParams(max_tokens=1, temperature=0.0, logprobs=2),
+    SamplingParams(max_tokens=40, temperature=1.0, seed=3, min_tokens=20, stop_token_ids=tuple(range(50))),
+    SamplingParams(max_tokens=25, temperature=0.8, seed=4, top_k=20, logprobs=0),
+    SamplingParams(max_tokens=35, temperature=0.0, repetition_penalty=1.5, ignore_eos=True),
+    SamplingParams(max_tokens=20, temperature=1.0, seed=5, frequency_penalty=2.0, presence_penalty=1.0),
+]
+
+
+def run(engine: Engine, seed: int, num_requests: int) -> dict[str, list[EngineEvent]]:
+    """Requests of every kind, some of which come while others run."""
+    rng = random.Random(seed)
+    events: dict[str, list[EngineEvent]] = {}
+    waiting = list(range(num_requests))
+    while waiting or engine.has_work:
+        for _ in range(min(len(waiting), rng.randrange(8))):
+            number = waiting.pop(0)
+            # Half of the prompts begin alike, for the prefix cache.
+            shared = [7] * rng.choice([0, 40])
+            prompt = shared + [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([1, 15, 16, 17, 30, 60]))]
+            events[str(number)] = []
+            engine.add(str(number), prompt, SAMPLINGS[number % len(SAMPLINGS)])
+        for event in engine.step():
+            events[event.request_id].append(event)
+        engine.check_integrity()
+    assert engine.stats().num_used_blocks == 0
+    return events
+
+
+def tokens_of(events: list[EngineEvent]) -> list[int]:
+    return [token for event in events for token in event.new_token_ids]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_num_batched_tokens": 32},
+        {"num_blocks": 14},
+        {"num_blocks": 52, "kv_allocation": "contiguous"},
+        {"enable_prefix_caching": False, "scheduler": "sequential", "num_parallel": 2},
+    ],
+    ids=lambda settings: ", ".join(map(str, settings.values())) or "default",
+)
+def test_the_tokens_are_the_same(make_tiny_engine: MakeEngine, settings: dict[str, Any]) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    want = run(make_tiny_engine(runs_ahead=False, **settings), seed, 24)
+    engine = make_tiny_engine(runs_ahead=True, **settings)
+    have = run(engine, seed, 24)
+    for number, events in want.items():
+        assert tokens_of(have[number]) == tokens_of(events)
+        assert PENDING_TOKEN not in tokens_of(events)
+        assert have[number][-1].finish_reason == events[-1].finish_reason
+        for ours, theirs in zip(have[number], events, strict=True):
+            assert (ours.logprobs is None) == (theirs.logprobs is None)
+            if ours.logprobs is not None and theirs.logprobs is not None:
+                assert ours.logprobs[0].token_id == theirs.logprobs[0].token_id
+                assert ours.logprobs[0].logprob == pytest.approx(theirs.logprobs[0].logprob, abs=1e-4)
+    if settings == {"num_blocks": 14}:
+        assert engine.stats().num_preemptions > 0
+
+
+def test_a_step_is_left_running(make_tiny_engine: MakeEngine) -> None:
+    """The first step brings nothing: its token is taken in when the second has been started."""
+    engine = make_tiny_engine(runs_ahead=True)
+    engine.add("a", [5, 6, 7], SamplingParams(max_tokens=2, temperature=0.0))
+    assert engine.step() == []
+    (first,) = engine.step()
+    (second,) = engine.step()
+    assert (first.finish_reason, second.finish_reason) == (None, FinishReason.LENGTH)
+    assert not engine.has_work  # both tokens are known to be the last: no step was run for nothing
+
+
+def test_penalties_wait_for_the_token_before(make_tiny_engine: MakeEngine) -> None:
+    """Nothing is scheduled ahead of a token that the next choice depends on."""
+    engine = make_tiny_engine(runs_ahead=True)
+    engine.add("a", [5, 6, 7], SamplingParams(max_tokens=3, temperature=0.0, repetition_penalty=1.3))
+    engine.step()
+    (request,) = engine.scheduler.running
+    assert request.token_ids[-1] == PENDING_TOKEN
+    engine.step()
+    assert request.token_ids.count(PENDING_TOKEN) == 1
+
+
+def test_abort_while_its_step_runs(make_tiny_engine: MakeEngine) -> None:
+    engine = make_tiny_engine(runs_ahead=True)
+    for name in "ab":
+        engine.add(name, [5, 6, 7], SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True))
+    engine.step()
+    assert engine.abort("a") is not None
+    engine.check_integrity()
+    engine.add("a", [8, 9], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+    events: dict[str, int] = {"a": 0, "b": 0}
+    while engine.has_work:
+        for event in engine.step():
+            events[event.request_id] += len(event.new_token_ids)
+        engine.check_integrity()
+    assert events == {"a": 2, "b": 4}
