@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from array import array
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -188,8 +189,8 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     """Prompt, then output; at the end :data:`PENDING_TOKEN` where the next one is still being computed."""
     num_computed_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
-    """Block ids, in order. Written by the block manager alone."""
+    block_table: array[int] = field(default_factory=lambda: array("i"))
+    """Block ids, in order, as int32. Written by the block manager alone."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of the full blocks of ``token_ids``, as far as they were needed."""
     num_shareable_blocks: int = 0
@@ -221,7 +222,7 @@ class Request:
         return len(self.token_ids) - self.num_computed_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: each decode makes one, and a frozen one takes three times as long
 class EngineEvent:
     """What one step brought one request. The last one carries ``finish_reason`` and ``metrics``."""
 

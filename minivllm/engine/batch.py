@@ -53,14 +53,14 @@ class FlatBatch:
         np.cumsum(num_tokens, out=query_start[1:])
 
         input_ids: list[int] = []
-        max_blocks = max(len(item.request.block_table) for item in items)
-        tables = np.zeros((len(items), max_blocks), dtype=np.int32)
-        for row, item in enumerate(items):
-            request = item.request
-            input_ids += request.token_ids[item.start : item.start + item.num_tokens]
+        for item in items:
+            input_ids += item.request.token_ids[item.start : item.start + item.num_tokens]
             if input_ids[-1] == PENDING_TOKEN and sampled_rows is not None:
-                input_ids[-1] = -1 - sampled_rows[request]
-            tables[row, : len(request.block_table)] = request.block_table
+                input_ids[-1] = -1 - sampled_rows[item.request]
+        block_tables = [item.request.block_table for item in items]
+        row_size = 4 * max(map(len, block_tables))
+        rows = b"".join([table.tobytes().ljust(row_size, b"\0") for table in block_tables])
+        tables = np.frombuffer(bytearray(rows), dtype=np.int32).reshape(len(items), -1)
 
         sequence_of_T = np.repeat(np.arange(len(items)), num_tokens)
         positions = np.arange(len(input_ids)) - query_start[sequence_of_T] + computed[sequence_of_T]

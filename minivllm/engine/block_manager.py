@@ -116,7 +116,7 @@ class BlockManager(ABC):
 
     def _release(self, request: Request) -> None:
         del self._live[request.request_id]
-        request.block_table = []
+        request.block_table = array("i")
         request.num_computed_tokens = request.num_shareable_blocks = 0
 
     def _allocated_slots(self, request: Request) -> tuple[int, int, int]:
@@ -162,7 +162,7 @@ class PagedBlockManager(BlockManager):
         for block in hits:
             self._ref_counts[block] += 1
             self._cached.pop(block, None)
-        request.block_table = hits + [self._allocate() for _ in range(num_new)]
+        request.block_table = array("i", hits + [self._allocate() for _ in range(num_new)])
         request.num_computed_tokens = len(hits) * BLOCK_SIZE
         request.num_shareable_blocks = len(hits)
         self._live[request.request_id] = request
@@ -173,6 +173,8 @@ class PagedBlockManager(BlockManager):
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         num_new = blocks_for(request.num_computed_tokens + num_tokens) - len(request.block_table)
+        if num_new <= 0:  # 15 of 16 decodes
+            return True
         if num_new > self.num_free_blocks:
             return False
         request.block_table.extend(self._allocate() for _ in range(num_new))
@@ -296,7 +298,7 @@ class ContiguousBlockManager(BlockManager):
         start = self._first_fit()
         if start is None:
             return False
-        request.block_table = list(range(start, start + self.run_length))
+        request.block_table = array("i", range(start, start + self.run_length))
         request.num_computed_tokens = 0
         self._live[request.request_id] = request
         return True
@@ -327,7 +329,7 @@ class ContiguousBlockManager(BlockManager):
         _require(all(0 <= block < self.num_blocks for block in in_use), "a run leaves the pool")
         for request in self._live.values():
             start = request.block_table[0]
-            run = list(range(start, start + self.run_length))
+            run = array("i", range(start, start + self.run_length))
             _require(request.block_table == run, f"{request.request_id}'s run is broken")
         _require(len(in_use) + self.num_free_blocks == self.num_blocks, "a block is lost")
 

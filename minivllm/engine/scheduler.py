@@ -60,7 +60,7 @@ class ScheduledBatch:
         return any(item.request.sampling.reads_output for item in self.requests)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampledToken:
     """What the runner chose for one request."""
 
@@ -115,10 +115,11 @@ class Scheduler(ABC):
         Empty only if there is no work, or if all that runs waits for tokens of the step before.
         """
         budget = self.limits.max_num_batched_tokens
-        scheduled: dict[Request, int] = {}
+        scheduled: dict[Request, ScheduledRequest] = {}
 
-        # Decodes first; among equals, in order of admission (sort is stable).
-        for request in sorted(self.running, key=lambda request: request.num_uncomputed_tokens > 1):
+        # In order of admission, and that is decodes first: whoever is still in its prompt is the last,
+        # because the next one is only admitted with what its prompt leaves of the budget.
+        for request in list(self.running):
             if budget == 0:
                 break
             if not request.block_table or request.has_all_tokens:
@@ -126,12 +127,13 @@ class Scheduler(ABC):
             num_tokens = min(request.num_uncomputed_tokens, budget)
             while not self.block_manager.grow(request, num_tokens):
                 victim = self.running.pop()
-                budget += scheduled.pop(victim, 0)
+                if victim in scheduled:
+                    budget += scheduled.pop(victim).num_tokens
                 self._preempt(victim)
                 if victim is request:
                     break
             else:
-                scheduled[request] = num_tokens
+                scheduled[request] = ScheduledRequest(request, num_tokens)
                 budget -= num_tokens
 
         while self.waiting and budget > 0 and self.may_admit():
@@ -145,10 +147,11 @@ class Scheduler(ABC):
             if request.metrics.first_scheduled_time == 0.0:
                 request.metrics.first_scheduled_time = time.monotonic()
                 request.metrics.num_cached_tokens = request.num_computed_tokens
-            scheduled[request] = min(request.num_uncomputed_tokens, budget)
-            budget -= scheduled[request]
+            num_tokens = min(request.num_uncomputed_tokens, budget)
+            scheduled[request] = ScheduledRequest(request, num_tokens)
+            budget -= num_tokens
 
-        return ScheduledBatch([ScheduledRequest(request, n) for request, n in scheduled.items()])
+        return ScheduledBatch(list(scheduled.values()))
 
     def advance(self, batch: ScheduledBatch) -> None:
         """Count on the step, which has been started: its tokens are computed, those it samples pending."""

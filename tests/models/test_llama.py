@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ class PagedModel:
         self.logits = [torch.full((len(prompt), config.vocab_size), torch.nan) for prompt in prompts]
         for prompt, count in zip(prompts, num_blocks, strict=True):
             request = Request("r", prompt, SamplingParams(), seed=0, max_total_tokens=len(prompt))
-            request.block_table = [blocks.pop() for _ in range(count)]
+            request.block_table = array("i", [blocks.pop() for _ in range(count)])
             self.requests.append(request)
 
     def step(self, num_tokens: list[int]) -> None:
