@@ -70,10 +70,13 @@ class TorchRunner:
         if self.runs_ahead:
             flat = flat.with_sampled(self._sampled_L)
         logits_LV = self.model(flat, self.caches)
-        tokens = sample(logits_LV, requests, self.eos_token_ids)
-        sampled = iter(tokens)
-        result = [next(sampled) if item.is_sampled else None for item in batch.requests]
+        sampled = sample(logits_LV, requests, self.eos_token_ids, self.model.kernels)
         if self.runs_ahead:
             self._sampled_rows = {request: row for row, request in enumerate(requests)}
-            self._sampled_L = torch.tensor([token.token_id for token in tokens])
-        return lambda: result
+            self._sampled_L = sampled.tokens_L
+
+        def fetch() -> list[SampledToken | None]:
+            tokens = iter(sampled.fetch())
+            return [next(tokens) if item.is_sampled else None for item in batch.requests]
+
+        return fetch
