@@ -80,6 +80,9 @@ class EngineConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     cpu_threads: int | None = option(None, "threads that compute on cpu (default: one per core)")
+    enforce_eager: bool = option(
+        False, "no CUDA graphs: start sooner, and decode more slowly, above all few sequences"
+    )
     seed: int | None = option(
         None, "of the random streams of requests that bring no seed (default: from the system)"
     )

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from minivllm.config import BLOCK_SIZE
 from minivllm.engine.scheduler import ScheduledBatch
+from minivllm.engine.transfer import to_device
 from minivllm.request import PENDING_TOKEN, Request
 
 
@@ -44,6 +46,7 @@ class FlatBatch:
         """Lay the batch out. Costs Python per sequence, numpy per token.
 
         Args:
+            device: where the tensors go; the copies may still be under way when this returns.
             sampled_rows: where the last step's samples are, for sequences that end in PENDING_TOKEN.
         """
         items = batch.requests
@@ -67,17 +70,28 @@ class FlatBatch:
         blocks = tables[sequence_of_T, positions // BLOCK_SIZE].astype(np.int64)
         sampled = np.array([item.is_sampled for item in items], dtype=bool)
 
-        def tensor(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(device)
-
         return cls(
-            input_ids_T=tensor(np.array(input_ids, dtype=np.int64)),
-            positions_T=tensor(positions),
-            slots_T=tensor(blocks * BLOCK_SIZE + positions % BLOCK_SIZE),
-            block_tables_BM=tensor(tables),
-            seq_lens_B=tensor((computed + num_tokens).astype(np.int32)),
-            query_start_B1=tensor(query_start),
-            logits_index_L=tensor(query_start[1:][sampled].astype(np.int64) - 1),
+            input_ids_T=to_device(np.array(input_ids, dtype=np.int64), device),
+            positions_T=to_device(positions, device),
+            slots_T=to_device(blocks * BLOCK_SIZE + positions % BLOCK_SIZE, device),
+            block_tables_BM=to_device(tables, device),
+            seq_lens_B=to_device((computed + num_tokens).astype(np.int32), device),
+            query_start_B1=to_device(query_start, device),
+            logits_index_L=to_device(query_start[1:][sampled].astype(np.int64) - 1, device),
+        )
+
+    @classmethod
+    def padding(cls, num_seqs: int, num_blocks: int, block: int, device: torch.device) -> FlatBatch:
+        """Decodes of sequences of one token, which all lie in ``block``; tables [num_seqs, num_blocks]."""
+        int64 = partial(torch.zeros, num_seqs, dtype=torch.int64, device=device)
+        return cls(
+            input_ids_T=int64(),
+            positions_T=int64(),
+            slots_T=int64() + block * BLOCK_SIZE,
+            block_tables_BM=torch.full((num_seqs, num_blocks), block, dtype=torch.int32, device=device),
+            seq_lens_B=torch.ones(num_seqs, dtype=torch.int32, device=device),
+            query_start_B1=torch.arange(num_seqs + 1, dtype=torch.int32, device=device),
+            logits_index_L=torch.arange(num_seqs, device=device),
         )
 
     def with_sampled(self, sampled_L: torch.Tensor) -> FlatBatch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +32,13 @@ class MemoryLedger:
     num_blocks: int
     block_bytes: int
     workspace: int
-    """Set aside for one step's activations and logits (estimated from the step's token budget)."""
+    """Set aside for one step's activations and logits: measured on cuda, else estimated."""
     free: int
     """What the device has beyond that."""
     max_model_len: int
     """In tokens."""
+    graphs: int = 0
+    """Of CUDA graphs."""
 
     @property
     def num_seqs_contiguous(self) -> int:
@@ -53,6 +56,7 @@ class MemoryLedger:
             f"  KV cache   {format_size(self.num_blocks * self.block_bytes):>11}"
             f"   {self.num_blocks} blocks of {BLOCK_SIZE} tokens = {tokens} tokens",
             f"  workspace  {format_size(self.workspace):>11}",
+            *([f"  graphs     {format_size(self.graphs):>11}"] if self.graphs else []),
             f"  free       {format_size(self.free):>11}",
             f"sequences at once: {full} that use all {length} tokens, paged or contiguous; of {short} tokens "
             f"each, {self.num_blocks // blocks_for(short)} paged, still {full} contiguous",
@@ -64,18 +68,20 @@ def plan_memory(
     model: ModelConfig,
     *,
     device: torch.device,
-    dtype: torch.dtype,
     kv_dtype: torch.dtype,
     weights: int,
+    workspace_for: Callable[[int], int],
+    graphs: int,
     max_num_batched_tokens: int,
 ) -> MemoryLedger:
     """Decide the number of KV blocks and the longest sequence.
 
     Args:
-        dtype: of activations.
         kv_dtype: of the KV cache.
         weights: bytes of the loaded weights; they are allocated already.
-        max_num_batched_tokens: of one step; sets the workspace.
+        workspace_for: bytes that a step of so many tokens takes beside that.
+        graphs: bytes of CUDA graphs, which are recorded later.
+        max_num_batched_tokens: of one step.
 
     Raises:
         OutOfMemoryError: the pool can't hold one sequence of ``--max-model-len`` tokens, or the
@@ -88,8 +94,9 @@ def plan_memory(
             f"made for, got {config.max_model_len}"
         )
     per_block = block_bytes(model, kv_dtype)
-    workspace = _workspace(model, dtype, max_num_batched_tokens, config.max_num_seqs)
-    free, total = _device_memory(device)
+    workspace = workspace_for(max_num_batched_tokens)
+    free, total = device_memory(device)
+    free -= graphs
     if device.type == "cuda":
         free -= int((1.0 - config.gpu_memory_utilization) * total)
     left = max(free - workspace, 0)
@@ -99,11 +106,7 @@ def plan_memory(
         changes: list[dict[str, float]] = []  # each makes it fit by itself
         if left >= per_block:
             changes.append({"max_model_len": left // per_block * BLOCK_SIZE})
-        step_tokens = bisect_right(
-            range(1, max_num_batched_tokens),
-            free - needed,
-            key=lambda tokens: _workspace(model, dtype, tokens, config.max_num_seqs),
-        )
+        step_tokens = most_tokens(workspace_for, free - needed, max_num_batched_tokens)
         if step_tokens:
             changes.append({"max_num_batched_tokens": step_tokens})
         missing = workspace + needed - free
@@ -149,6 +152,7 @@ def plan_memory(
         workspace=workspace,
         free=left - num_blocks * per_block,
         max_model_len=config.max_model_len or min(model.max_position_embeddings, fitting),
+        graphs=graphs,
     )
 
 
@@ -161,14 +165,22 @@ def _advise(changes: list[dict[str, float]]) -> str:
     )
 
 
-def _workspace(model: ModelConfig, dtype: torch.dtype, num_tokens: int, num_seqs: int) -> int:
-    # The widest activations that live at once in a layer, and the logits with the sampler's copies.
+def most_tokens(workspace_for: Callable[[int], int], free: int, limit: int) -> int:
+    """Fewer than ``limit`` tokens, the most whose step fits into ``free`` bytes; 0 if not even one does."""
+    return bisect_right(range(1, limit), free, key=workspace_for)
+
+
+def estimate_workspace(model: ModelConfig, dtype: torch.dtype, num_seqs: int, num_tokens: int) -> int:
+    """Bytes of a step's activations in ``dtype`` and of the logits of up to ``num_seqs`` sequences.
+
+    The widest activations that live at once in a layer, and the logits with the sampler's copies.
+    """
     width = 4 * model.hidden_size + 3 * model.intermediate_size + 2 * model.num_heads * model.head_dim
     return num_tokens * width * dtype.itemsize + min(num_seqs, num_tokens) * model.vocab_size * 16
 
 
-def _device_memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes; the weights are not free any more."""
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes; what is loaded is not free any more."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     try:

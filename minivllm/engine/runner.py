@@ -9,7 +9,8 @@ import torch
 
 from minivllm.config import BLOCK_SIZE
 from minivllm.engine.batch import FlatBatch
-from minivllm.engine.sampler import sample
+from minivllm.engine.decode_graphs import DecodeGraphs
+from minivllm.engine.sampler import Sample, sample
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
 from minivllm.models.attention import LayerCache
 from minivllm.models.llama import Llama
@@ -44,39 +45,40 @@ class TorchRunner:
     ) -> None:
         self.model = model
         self.runs_ahead = model.placement.device.type == "cuda"
+        self.graphs: DecodeGraphs | None = None
         self.eos_token_ids = eos_token_ids
-        self.device = model.placement.device
-        config = model.config
-        # One tensor, so that it is one allocation; empty, so that memory is taken as blocks are used.
-        pool = torch.empty(
-            config.num_layers,
-            2,
-            num_blocks,
-            config.num_kv_heads,
-            BLOCK_SIZE,
-            config.head_dim,
-            dtype=kv_dtype,
-            device=self.device,
-        )
-        self.caches = [LayerCache(layer[0], layer[1]) for layer in pool]
-        self._sampled_rows: dict[Request, int] = {}
-        self._sampled_L = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.caches = empty_caches(model, num_blocks=num_blocks + 1, kv_dtype=kv_dtype)  # one for padding
+        self._last_sampled: Sample | None = None
+        self._last_rows: dict[Request, int] = {}
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> PendingTokens:
         """Flat tensors → logits → tokens. Mutates the KV pool, nothing else."""
         requests = batch.sampled_requests()
-        flat = FlatBatch.build(batch, self.device, self._sampled_rows)
-        if self.runs_ahead:
-            flat = flat.with_sampled(self._sampled_L)
-        logits_LV = self.model(flat, self.caches)
+        flat = FlatBatch.build(batch, self.model.placement.device, self._last_rows)
+        if self._last_sampled is not None:
+            flat = flat.with_sampled(self._last_sampled.tokens_L)
+        if self.graphs is not None and self.graphs.can_run(batch):
+            logits_LV = self.graphs(flat)
+        else:
+            logits_LV = self.model(flat, self.caches)
         sampled = sample(logits_LV, requests, self.eos_token_ids, self.model.kernels)
         if self.runs_ahead:
-            self._sampled_rows = {request: row for row, request in enumerate(requests)}
-            self._sampled_L = sampled.tokens_L
+            self._last_sampled = sampled
+            self._last_rows = {request: row for row, request in enumerate(requests)}
 
         def fetch() -> list[SampledToken | None]:
             tokens = iter(sampled.fetch())
             return [next(tokens) if item.is_sampled else None for item in batch.requests]
 
         return fetch
+
+
+def empty_caches(model: Llama, *, num_blocks: int, kv_dtype: torch.dtype) -> list[LayerCache]:
+    """A KV pool, layer by layer. Its memory isn't touched: on a CPU it is taken as blocks are used."""
+    config = model.config
+    shape = num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim
+    pool = torch.empty(  # one allocation
+        config.num_layers, 2, *shape, dtype=kv_dtype, device=model.placement.device
+    )
+    return [LayerCache(layer[0], layer[1]) for layer in pool]

@@ -6,15 +6,18 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import torch
 from minivllm_kernels import KernelBackend, PackedRows, available_backends, get_backend
 
-from minivllm.config import EngineConfig
+from minivllm.config import EngineConfig, format_size
+from minivllm.engine.decode_graphs import CudaRecorder, DecodeGraphs, graph_sizes
 from minivllm.engine.engine import Engine
-from minivllm.engine.memory import plan_memory
+from minivllm.engine.memory import device_memory, estimate_workspace, most_tokens, plan_memory
 from minivllm.engine.runner import TorchRunner
-from minivllm.errors import ConfigError
+from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.models.layers import Placement
 from minivllm.models.llama import Llama
 from minivllm.request import EngineInfo
@@ -55,7 +58,7 @@ def load_model(config: EngineConfig, files: ModelFiles) -> Llama:
         torch.set_num_threads(config.cpu_threads)
     dtype = _dtype(config.dtype, files, device)
     kernels = _kernels(device, dtype)
-    model = Llama(files.config, Placement(device, dtype, kernels, _bits_of(config, files, kernels)))
+    model = _allocate(files, Placement(device, dtype, kernels, _bits_of(config, files, kernels)))
     slots = model.weight_slots()
     expected = {name: tuple(slot.shape) for name, slot in slots.items()}
     packed = frozenset(name for name, slot in slots.items() if isinstance(slot, PackedRows))
@@ -68,16 +71,19 @@ def load_model(config: EngineConfig, files: ModelFiles) -> Llama:
 
 def make_engine(config: EngineConfig, files: ModelFiles, model: Llama) -> Engine:
     """Size and allocate the KV pool, print the memory ledger, and build the engine."""
-    device, dtype = model.placement.device, model.placement.dtype
+    device = model.placement.device
     kv_dtype = _kv_dtype(config.kv_cache_dtype, model)
     max_num_batched_tokens = config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
+    sizes = graph_sizes(config.max_num_seqs) if device.type == "cuda" and not config.enforce_eager else []
+    workspace_for, graphs = _step_memory(config, model, kv_dtype, max_num_batched_tokens, sizes)
     ledger = plan_memory(
         config,
         files.config,
         device=device,
-        dtype=dtype,
         kv_dtype=kv_dtype,
         weights=model.num_weight_bytes,
+        workspace_for=workspace_for,
+        graphs=graphs,
         max_num_batched_tokens=max_num_batched_tokens,
     )
     for line in ledger.lines():
@@ -90,14 +96,65 @@ def make_engine(config: EngineConfig, files: ModelFiles, model: Llama) -> Engine
             files.config.max_position_embeddings,
         )
     eos_token_ids = frozenset(files.config.eos_token_ids)
+    runner = TorchRunner(model, num_blocks=ledger.num_blocks, kv_dtype=kv_dtype, eos_token_ids=eos_token_ids)
+    if sizes:
+        with stage("decode graphs recorded"):
+            runner.graphs = DecodeGraphs(
+                model, runner.caches, max_model_len=ledger.max_model_len, sizes=sizes, record=CudaRecorder()
+            )
     return Engine(
         config,
-        TorchRunner(model, num_blocks=ledger.num_blocks, kv_dtype=kv_dtype, eos_token_ids=eos_token_ids),
+        runner,
         EngineInfo(ledger.max_model_len, files.config.vocab_size),
         num_blocks=ledger.num_blocks,
         max_num_batched_tokens=max_num_batched_tokens,
         eos_token_ids=eos_token_ids,
     )
+
+
+def _allocate(files: ModelFiles, placement: Placement) -> Llama:
+    """The model with room for its weights."""
+    try:
+        return Llama(files.config, placement)
+    except torch.OutOfMemoryError:
+        on_no_device = replace(placement, device=torch.device("meta"))
+        needed = Llama(files.config, on_no_device).num_weight_bytes
+        dtype = str(placement.dtype).removeprefix("torch.")
+        total = device_memory(placement.device)[1]
+        advice = "set --dtype to bfloat16, or take" if placement.dtype == torch.float32 else "take"
+        raise OutOfMemoryError(
+            f"the weights take {format_size(needed)} in {dtype}, and {placement.device} has "
+            f"{format_size(total)}, of which others use some: {advice} a larger GPU or a smaller model"
+        ) from None
+
+
+def _step_memory(
+    config: EngineConfig, model: Llama, kv_dtype: torch.dtype, num_tokens: int, sizes: list[int]
+) -> tuple[Callable[[int], int], int]:
+    """Bytes that a step takes, by its tokens, and those that decode graphs of ``sizes`` take."""
+    device, dtype = model.placement.device, model.placement.dtype
+    estimate = partial(estimate_workspace, model.config, dtype, config.max_num_seqs)
+    if device.type != "cuda":
+        return estimate, 0
+    from minivllm.engine.profiling import measure_graphs, measure_step
+
+    longest = config.max_model_len or model.config.max_position_embeddings
+    try:
+        with stage("a step's memory measured"):
+            more = measure_step(
+                model, kv_dtype=kv_dtype, num_tokens=num_tokens, num_seqs=config.max_num_seqs
+            ) - estimate(num_tokens)
+            graphs = measure_graphs(model, kv_dtype=kv_dtype, max_model_len=longest, sizes=sizes)
+    except torch.OutOfMemoryError:
+        free, _ = device_memory(device)
+        fitting = min(most_tokens(estimate, free, num_tokens), num_tokens // 2)
+        raise OutOfMemoryError(
+            f"{device} has {format_size(free)} left beside the weights "
+            f"({format_size(model.num_weight_bytes)}), too little for a step of {num_tokens} tokens and "
+            f"{config.max_num_seqs} sequences: set --max-num-batched-tokens to {max(fitting, 1)}, or "
+            "--max-num-seqs to less"
+        ) from None
+    return (lambda tokens: estimate(tokens) + more), graphs
 
 
 def _device(name: str) -> torch.device:

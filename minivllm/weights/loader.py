@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from minivllm.weights.files import ModelFiles
 
 _DTYPES = ("F32", "F16", "BF16")  # safetensors' names
 _DUMMY_STD = 0.02
+_DUMMY_PERIOD = 1_048_573  # prime, so that no two rows of a matrix are alike
 _MAX_LISTED = 5
 
 
@@ -131,10 +134,19 @@ def _is_ignored(name: str, files: ModelFiles) -> bool:
 
 
 def _random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Normal with std 0.02, norms around 1; float32. The same for the same name, wherever it is made."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * _DUMMY_STD
+    """Normal with std 0.02, norms around 1; float32. The same for the same name, wherever it is made.
+
+    A stretch of one periodic sequence, since drawing billions of numbers would take minutes.
+    """
+    start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % _DUMMY_PERIOD
+    end = start + math.prod(shape)
+    values = _dummy_values().repeat(-(-end // _DUMMY_PERIOD))[start:end].view(shape)
     return values + 1 if name.endswith("norm.weight") else values
+
+
+@cache
+def _dummy_values() -> torch.Tensor:
+    return torch.randn(_DUMMY_PERIOD, generator=torch.Generator().manual_seed(0)) * _DUMMY_STD
 
 
 def _list(names: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from minivllm.config import EngineConfig, ServerConfig, format_size, parse_size
 from minivllm.engine import memory
-from minivllm.engine.memory import MemoryLedger, block_bytes, plan_memory
+from minivllm.engine.memory import MemoryLedger, block_bytes, estimate_workspace, plan_memory
 from minivllm.errors import ConfigError, MinivllmError, OutOfMemoryError
 from minivllm.models.config import ModelConfig, RopeConfig
 
@@ -40,18 +41,21 @@ BLOCK = 3 * 2 * 2 * 16 * 16 * 4  # layers × (keys and values) × KV heads × he
 class Machine:
     """A device with so much memory; on "cuda" some of it is taken already."""
 
+    graphs = 0
+
     def __init__(self, monkeypatch: pytest.MonkeyPatch, device: str, free: int, total: int) -> None:
         self.device = torch.device(device)
-        monkeypatch.setattr(memory, "_device_memory", lambda device: (free, total))
+        monkeypatch.setattr(memory, "device_memory", lambda device: (free, total))
 
     def plan(self, config: EngineConfig) -> MemoryLedger:
         return plan_memory(
             config,
             MODEL,
             device=self.device,
-            dtype=torch.float32,
             kv_dtype=torch.float32,
             weights=10**6,
+            workspace_for=partial(estimate_workspace, MODEL, torch.float32, config.max_num_seqs),
+            graphs=self.graphs,
             max_num_batched_tokens=config.max_num_batched_tokens or 64,
         )
 
@@ -187,7 +191,7 @@ def test_a_fuller_gpu_is_advised_a_larger_share(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_this_machine_has_memory() -> None:
-    free, total = memory._device_memory(torch.device("cpu"))
+    free, total = memory.device_memory(torch.device("cpu"))
     assert 2**20 < free <= total < 2**50
 
 

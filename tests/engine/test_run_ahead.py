@@ -1,21 +1,26 @@
-"""A runner that runs ahead, as on a GPU, gives the tokens of one that doesn't.
+"""A runner that runs ahead and replays decode graphs, as on a GPU, gives the tokens of one that doesn't.
 
-Here it is the CPU's, which has nothing to overlap, but takes the same way: the next step is scheduled
-and started while the tokens of the last one are pending.
+Here it is the CPU's, which has nothing to overlap or to record, but takes the same way: the next step is
+scheduled and started while the tokens of the last one are pending, and a replay computes again.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minivllm.config import EngineConfig
+from minivllm.engine.decode_graphs import DecodeGraphs, graph_sizes
 from minivllm.engine.engine import Engine
-from minivllm.engine.runner import TorchRunner
+from minivllm.engine.profiling import longest_batch
+from minivllm.engine.runner import PendingTokens, TorchRunner, empty_caches
+from minivllm.engine.scheduler import ScheduledBatch
 from minivllm.engine.startup import build_engine
 from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, SamplingParams
 from minivllm.weights.files import resolve_model
@@ -23,6 +28,16 @@ from tests.tiny_model import VOCAB_SIZE, write_tiny_model
 
 MakeEngine = Callable[..., Engine]
 BLOCK_BYTES = 2 * 2 * 2 * 8 * 16 * 4  # keys and values of 16 tokens in the tiny model, float32
+
+
+def with_graphs(engine: Engine, sizes: list[int]) -> Engine:
+    """Decodes go through the inputs of graphs, of which more are padding's than not."""
+    runner = engine.runner
+    assert isinstance(runner, TorchRunner)
+    runner.graphs = DecodeGraphs(
+        runner.model, runner.caches, max_model_len=200, sizes=sizes, record=lambda compute: compute
+    )
+    return engine
 
 
 @pytest.fixture
@@ -91,11 +106,16 @@ def tokens_of(events: list[EngineEvent]) -> list[int]:
     ],
     ids=lambda settings: ", ".join(map(str, settings.values())) or "default",
 )
-def test_the_tokens_are_the_same(make_tiny_engine: MakeEngine, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_the_tokens_are_the_same(
+    make_tiny_engine: MakeEngine, settings: dict[str, Any], has_graphs: bool
+) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     want = run(make_tiny_engine(runs_ahead=False, **settings), seed, 24)
     engine = make_tiny_engine(runs_ahead=True, **settings)
+    if has_graphs:
+        engine = with_graphs(engine, [1, 4, 9])
     have = run(engine, seed, 24)
     for number, events in want.items():
         assert tokens_of(have[number]) == tokens_of(events)
@@ -146,3 +166,52 @@ def test_abort_while_its_step_runs(make_tiny_engine: MakeEngine) -> None:
             events[event.request_id] += len(event.new_token_ids)
         engine.check_integrity()
     assert events == {"a": 2, "b": 4}
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 50, 256, 1000])
+def test_graph_sizes_reach_the_limit(max_num_seqs: int) -> None:
+    sizes = graph_sizes(max_num_seqs)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == max_num_seqs
+    # Little is computed for nothing.
+    assert all(after - before <= max(before, 8) for before, after in pairwise([0, *sizes]))
+
+
+def test_which_batches_have_a_graph(make_tiny_engine: MakeEngine) -> None:
+    """Decodes alone, up to the largest size; a prompt's one-token chunk gets no logits."""
+    engine = with_graphs(make_tiny_engine(runs_ahead=False, max_num_batched_tokens=3), [2])
+    runner = engine.runner
+    assert isinstance(runner, TorchRunner)
+    assert runner.graphs is not None
+    can_run: list[tuple[int, bool]] = []
+    execute = runner.execute
+
+    def spy(batch: ScheduledBatch) -> PendingTokens:
+        assert runner.graphs is not None
+        can_run.append((batch.num_tokens, runner.graphs.can_run(batch)))
+        return execute(batch)
+
+    runner.execute = spy  # type: ignore[method-assign]
+    engine.add("a", [5, 6], SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
+    engine.add("b", [5, 6, 7], SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
+    engine.step()  # a's prompt, and one token of b's
+    engine.step()  # a decode, and the rest of b's prompt
+    engine.step()
+    engine.add("c", [5], SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
+    engine.step()
+    assert can_run == [(3, False), (3, False), (2, True), (3, False)]
+
+
+@pytest.mark.parametrize(("num_tokens", "num_seqs"), [(1, 1), (40, 1), (40, 7), (7, 7)])
+def test_the_longest_step_is_one_that_the_model_takes(
+    make_tiny_engine: MakeEngine, num_tokens: int, num_seqs: int
+) -> None:
+    """What is run to measure memory: so many tokens, so many rows of logits, in a pool of one block."""
+    runner = make_tiny_engine(runs_ahead=False).runner
+    assert isinstance(runner, TorchRunner)
+    flat = longest_batch(num_tokens, num_seqs, torch.device("cpu"))
+    assert flat.seq_lens_B.tolist() == [num_tokens - num_seqs + 1, *[1] * (num_seqs - 1)]
+    assert flat.query_start_B1.diff().tolist() == flat.seq_lens_B.tolist()
+    caches = empty_caches(runner.model, num_blocks=1, kv_dtype=torch.float32)
+    with torch.inference_mode():
+        assert runner.model(flat, caches).shape == (num_seqs, VOCAB_SIZE)
