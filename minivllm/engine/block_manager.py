@@ -91,11 +91,16 @@ class BlockManager(ABC):
         """Make room for ``num_tokens`` tokens after the computed ones; if there is none, change nothing."""
 
     def commit(self, request: Request, num_tokens: int) -> None:
-        """Note that the keys and values of the next ``num_tokens`` tokens are in the cache.
+        """Count on it that the next step writes the keys and values of the next ``num_tokens`` tokens.
 
-        Whoever reads them comes after the step that writes them: that step may still be running.
+        Others may share their blocks at once, even in that step: each layer writes all that is new before
+        it reads anything.
         """
         request.num_computed_tokens += num_tokens
+
+    def roll_back(self, request: Request, num_tokens: int) -> None:
+        """Take back what was committed after the first ``num_tokens`` tokens: the step didn't write it."""
+        request.num_computed_tokens = num_tokens
 
     @abstractmethod
     def free(self, request: Request) -> None:
@@ -195,6 +200,15 @@ class PagedBlockManager(BlockManager):
                 self._key_of[block] = key
                 self._block_of[key] = block
         request.num_shareable_blocks = num_full
+
+    def roll_back(self, request: Request, num_tokens: int) -> None:
+        super().roll_back(request, num_tokens)
+        num_full = num_tokens // BLOCK_SIZE
+        for block in request.block_table[num_full : request.num_shareable_blocks]:
+            key = self._key_of.pop(block, None)
+            if key is not None:
+                del self._block_of[key]
+        request.num_shareable_blocks = min(request.num_shareable_blocks, num_full)
 
     def free(self, request: Request) -> None:
         # Last block first: when space is needed, a prefix's tail goes before its head.

@@ -135,6 +135,8 @@ class Scheduler(ABC):
             else:
                 scheduled[request] = ScheduledRequest(request, num_tokens)
                 budget -= num_tokens
+        for item in scheduled.values():
+            self.block_manager.commit(item.request, item.num_tokens)
 
         while self.waiting and budget > 0 and self.may_admit():
             # A block stays free for each running sequence: admitting into the last ones would only
@@ -149,14 +151,14 @@ class Scheduler(ABC):
                 request.metrics.num_cached_tokens = request.num_computed_tokens
             num_tokens = min(request.num_uncomputed_tokens, budget)
             scheduled[request] = ScheduledRequest(request, num_tokens)
+            self.block_manager.commit(request, num_tokens)  # the next one may begin alike
             budget -= num_tokens
 
         return ScheduledBatch(list(scheduled.values()))
 
     def advance(self, batch: ScheduledBatch) -> None:
-        """Count on the step, which has been started: its tokens are computed, those it samples pending."""
+        """Note that the step has been started: the tokens that it samples are pending."""
         for item in batch.requests:
-            self.block_manager.commit(item.request, item.num_tokens)
             if item.is_sampled:
                 item.request.token_ids.append(PENDING_TOKEN)
 
@@ -189,11 +191,11 @@ class Scheduler(ABC):
 
     def fail(self, batch: ScheduledBatch, error: str) -> list[EngineEvent]:
         """End the requests of a step that raised; nobody else is touched."""
-        return [
-            self._finish(item.request, [], FinishReason.ERROR, error=error)
-            for item in batch.requests
-            if not item.request.is_finished
-        ]
+        items = [item for item in batch.requests if not item.request.is_finished]
+        for item in items:
+            if item.request.block_table:
+                self.block_manager.roll_back(item.request, item.start)
+        return [self._finish(item.request, [], FinishReason.ERROR, error=error) for item in items]
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues and block manager agree on who runs."""
