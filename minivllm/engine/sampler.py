@@ -1,6 +1,6 @@
 """From logits to tokens, for the whole batch at once.
 
-The order is: penalties and the mask of end-of-turn tokens, temperature, min-p, top-k, top-p, draw.
+The order is: biases, penalties and the mask of end-of-turn tokens, temperature, min-p, top-k, top-p, draw.
 
 A draw is the Gumbel-max trick (Maddison et al. 2014): each token's score gets noise of its own, and
 the largest sum wins. The noise is a hash of the request's seed, of how many tokens it has, and of
@@ -29,7 +29,7 @@ from minivllm_kernels import KernelBackend
 
 from minivllm.engine.scheduler import SampledToken
 from minivllm.engine.transfer import to_device, to_host
-from minivllm.request import Request, TokenLogprob
+from minivllm.request import Request, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def sample(
         eos_token_ids: masked while a request has fewer than ``min_tokens`` tokens.
     """
     params = [request.sampling for request in requests]
-    scores_LV = logits_LV
+    scores_LV = _add_biases(logits_LV, params)
     penalised = [
         row
         for row, p in enumerate(params)
@@ -116,6 +116,20 @@ def _draw(scores_LV: torch.Tensor, requests: list[Request], kernels: KernelBacke
     if any(not p.is_greedy and (p.top_p < 1.0 or p.top_k > 0 or p.min_p > 0.0) for p in params):
         scores_LV = kernels.keep_likely(scores_LV, temperature_L, min_p_L, top_k_L, top_p_L)
     return kernels.draw(scores_LV, temperature_L, to_device(_noise_keys(requests), device))
+
+
+def _add_biases(logits_LV: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    biases = {
+        row * logits_LV.shape[1] + token_id: bias
+        for row, p in enumerate(params)
+        for token_id, bias in p.logit_bias.items()
+    }
+    if not biases:
+        return logits_LV
+    device = logits_LV.device
+    values = to_device(np.array(list(biases.values()), dtype=np.float32), device)
+    scores = logits_LV.float().flatten().index_add(0, _index(list(biases), device), values)
+    return scores.view_as(logits_LV)
 
 
 def _index(values: list[int], device: torch.device) -> torch.Tensor:
