@@ -33,6 +33,12 @@ void paged_attention(const float* q, int64_t q_stride, const void* k_cache, cons
                      const int32_t* query_start, int64_t num_seqs, int64_t heads, int64_t kv_heads,
                      int64_t head_dim, float scale, float* out, int64_t out_stride);
 
+// sampling.cpp: `temperature` (and then `keys`, two for each row) may be null for greedy choices.
+void draw(const float* scores, int64_t row_stride, const float* temperature, const int32_t* keys, int64_t* tokens,
+          int64_t rows, int64_t vocab);
+void keep_likely(const float* scores, int64_t row_stride, const float* temperature, const float* min_p,
+                 const float* top_k, const float* top_p, float* kept, int64_t rows, int64_t vocab);
+
 // peak.cpp: `rounds` passes of a loop of int8 multiply-adds, from registers alone, on every thread.
 // Writes the number of multiply-adds.
 void peak_int8(int64_t rounds, int64_t* num_multiply_adds);

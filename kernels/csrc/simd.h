@@ -97,6 +97,19 @@ INLINE void sum_lanes4(const Vec* v, float* to) {
 #endif
 }
 
+// Whether a comparison holds in any lane.
+INLINE bool any(VecInt is_true) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)is_true) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)is_true) != 0;
+#else
+    int32_t lanes = 0;
+    for (int i = 0; i < kLanes; ++i) lanes |= is_true[i];
+    return lanes != 0;
+#endif
+}
+
 constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
 constexpr int32_t kRoundingShiftBits = 0x4B400000;
 

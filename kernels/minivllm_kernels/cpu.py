@@ -49,6 +49,8 @@ class CppBackend(KernelBackend):
         self._silu_and_mul = function("silu_and_mul")
         self._rope_and_write_kv = function("rope_and_write_kv")
         self._paged_attention = function("paged_attention")
+        self._draw = function("draw")
+        self._keep_likely = function("keep_likely")
         self._peak_int8 = function("peak_int8")
 
     def linear(self, x_TN: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -204,6 +206,51 @@ class CppBackend(KernelBackend):
             out_stride,
         )
 
+    def keep_likely(
+        self,
+        scores_LV: torch.Tensor,
+        temperature_L: torch.Tensor,
+        min_p_L: torch.Tensor,
+        top_k_L: torch.Tensor,
+        top_p_L: torch.Tensor,
+    ) -> torch.Tensor:
+        scores_LV = _scores(scores_LV)
+        num_rows, vocab_size = scores_LV.shape
+        kept_LV = torch.empty(num_rows, vocab_size)
+        self._keep_likely(
+            scores_LV.data_ptr(),
+            scores_LV.stride(0),
+            _address(temperature_L, num_rows),
+            _address(min_p_L, num_rows),
+            _address(top_k_L, num_rows),
+            _address(top_p_L, num_rows),
+            kept_LV.data_ptr(),
+            num_rows,
+            vocab_size,
+        )
+        return kept_LV
+
+    def draw(
+        self,
+        scores_LV: torch.Tensor,
+        temperature_L: torch.Tensor | None = None,
+        keys_L2: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        scores_LV = _scores(scores_LV)
+        num_rows, vocab_size = scores_LV.shape
+        keys_L2 = None if keys_L2 is None else keys_L2.contiguous()
+        tokens_L = torch.empty(num_rows, dtype=torch.int64)
+        self._draw(
+            scores_LV.data_ptr(),
+            scores_LV.stride(0),
+            _address(temperature_L, num_rows),
+            0 if keys_L2 is None else keys_L2.data_ptr(),
+            tokens_L.data_ptr(),
+            num_rows,
+            vocab_size,
+        )
+        return tokens_L
+
     def peak_int8(self, rounds: int) -> int:
         """Run int8 multiply-adds from registers on every thread; returns how many. For benchmarks."""
         count = torch.zeros(1, dtype=torch.int64)
@@ -226,6 +273,12 @@ def _token_stride(name: str, x_THD: torch.Tensor) -> int:
             f"{name} must be float32 with contiguous heads, got {x_THD.dtype} with strides {x_THD.stride()}"
         )
     return token
+
+
+def _scores(scores_LV: torch.Tensor) -> torch.Tensor:
+    """float32, with contiguous rows."""
+    scores_LV = scores_LV.float()
+    return scores_LV if scores_LV.stride(1) == 1 else scores_LV.contiguous()
 
 
 def _residual(x_TN: torch.Tensor, residual_TN: torch.Tensor | None) -> int:

@@ -11,6 +11,8 @@ Shape legend, used as suffixes of tensor names:
     M   blocks in the longest block table
     N   features (hidden size, or a projection's rows)
     I   intermediate size of the MLP
+    L   sequences that get a token
+    V   vocabulary
 
 The cache is ``[P, K, S, D]``: one head's share of a block is one contiguous run, good for a
 tensor-core tile and for a CPU cache line alike.
@@ -18,7 +20,9 @@ tensor-core tile and for a CPU cache line alike.
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -134,6 +138,51 @@ class KernelBackend(Protocol):
     def silu_and_mul(self, gate_up_TI2: torch.Tensor) -> torch.Tensor:
         """SwiGLU's product (Shazeer 2020): ``silu(x[:, :I]) * x[:, I:]``. [T, 2I] → [T, I]."""
 
+    @abstractmethod
+    def keep_likely(
+        self,
+        scores_LV: torch.Tensor,
+        temperature_L: torch.Tensor,
+        min_p_L: torch.Tensor,
+        top_k_L: torch.Tensor,
+        top_p_L: torch.Tensor,
+    ) -> torch.Tensor:
+        """Minus infinity for the tokens that min-p, then top-k, then top-p drop (Holtzman et al. 2020).
+
+        A token's probability is that of ``scores / temperature``. Min-p keeps what is at least ``min_p``
+        times as likely as the likeliest token, top-k the ``top_k`` likeliest of these, top-p the fewest of
+        those that have ``top_p`` of their mass. The likeliest token always stays; of equal ones, those
+        that come first. NaN is minus infinity.
+
+        Args:
+            scores_LV: any floating dtype; not mutated. As in all that follows, a row's result is the same
+                to the bit whatever the other rows are.
+            temperature_L: float32. Where it is 0 everything is kept.
+            min_p_L, top_k_L, top_p_L: float32. 0, V (or more) and 1 keep everything.
+
+        Returns:
+            float32 [L, V], a new tensor.
+        """
+
+    @abstractmethod
+    def draw(
+        self,
+        scores_LV: torch.Tensor,
+        temperature_L: torch.Tensor | None = None,
+        keys_L2: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Where ``scores + temperature × noise`` is largest, and the first such place: int64 [L].
+
+        The Gumbel-max trick (Maddison et al. 2014): that is a draw from softmax(scores / temperature). The
+        noise is a hash of key and token, the same on every backend but for rounding.
+
+        Args:
+            scores_LV: any floating dtype; not mutated. NaN is minus infinity, and a row of nothing else
+                gives token 0.
+            temperature_L: float32, finite; 0 is greedy. None: all of them are.
+            keys_L2: int32, independent for each draw; not looked at where the temperature is 0.
+        """
+
 
 def check_paged_attention(
     q_THD: torch.Tensor,
@@ -210,30 +259,35 @@ def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ..
         raise ValueError(f"{name} must have shape {expected}, got {shape}")
 
 
-def get_backend(name: str = "auto") -> KernelBackend:
-    """The backend called ``name``; ``"auto"`` is the fastest on this machine's CPU.
+def get_backend(name: str = "auto", device_type: str = "cpu") -> KernelBackend:
+    """The backend called ``name``; ``"auto"`` is the fastest on this machine's devices of that type.
 
     Raises:
         ValueError: there is no such backend, or this machine can't run it.
     """
-    if name in available_backends():
-        return _make(name)
-    if name == "auto":
-        return _make(available_backends()[0])
-    raise ValueError(
-        f"no kernel backend {name!r} on this machine; there are: auto, {', '.join(available_backends())}"
-    )
+    names = available_backends(device_type)
+    if name != "auto" and name not in names:
+        raise ValueError(
+            f"no kernel backend {name!r} for {device_type} on this machine; "
+            f"there are: auto, {', '.join(names)}"
+        )
+    return _make(names[0] if name == "auto" else name)
 
 
-def available_backends() -> list[str]:
-    """Names of the backends that this machine can run, the fastest first.
+def available_backends(device_type: str = "cpu") -> list[str]:
+    """Names of the backends that this machine can run on ``"cpu"`` or ``"cuda"``, the fastest first.
 
     ``reference`` always can; ``avx512``, ``avx2`` and ``portable`` are the C++ kernels, if they were
-    built, for the instruction sets that the CPU has.
+    built, for the instruction sets that the CPU has. ``triton`` is for CUDA, if it is installed; on CPUs
+    there is only its interpreter, which TRITON_INTERPRET=1 switches on, for tests.
     """
+    has_triton = find_spec("triton") is not None
+    if device_type == "cuda":
+        return ["triton", "reference"] if has_triton else ["reference"]
     from minivllm_kernels.cpu import instruction_sets
 
-    return [*instruction_sets(), "reference"]
+    is_interpreted = has_triton and os.environ.get("TRITON_INTERPRET") == "1"
+    return [*instruction_sets(), "reference", *(["triton"] if is_interpreted else [])]
 
 
 def _make(name: str) -> KernelBackend:
@@ -241,6 +295,10 @@ def _make(name: str) -> KernelBackend:
         from minivllm_kernels.reference import ReferenceBackend
 
         return ReferenceBackend()
+    if name == "triton":
+        from minivllm_kernels.triton_backend import TritonBackend
+
+        return TritonBackend()
     from minivllm_kernels.cpu import CppBackend
 
     return CppBackend(name)

@@ -11,6 +11,7 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 
+from minivllm_kernels import reference_sampling
 from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, Weight, check_paged_attention
 from minivllm_kernels.packed import PackedWeight
 
@@ -92,6 +93,24 @@ class ReferenceBackend(KernelBackend):
     def silu_and_mul(self, gate_up_TI2: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up_TI2.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def keep_likely(
+        self,
+        scores_LV: torch.Tensor,
+        temperature_L: torch.Tensor,
+        min_p_L: torch.Tensor,
+        top_k_L: torch.Tensor,
+        top_p_L: torch.Tensor,
+    ) -> torch.Tensor:
+        return reference_sampling.keep_likely(scores_LV, temperature_L, min_p_L, top_k_L, top_p_L)
+
+    def draw(
+        self,
+        scores_LV: torch.Tensor,
+        temperature_L: torch.Tensor | None = None,
+        keys_L2: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return reference_sampling.draw(scores_LV, temperature_L, keys_L2)
 
 
 def _dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
