@@ -302,5 +302,5 @@ def _address(vector: torch.Tensor | None, size: int) -> int:
     if vector is None:
         return 0
     if vector.dtype != torch.float32 or vector.shape != (size,):
-        raise ValueError(f"a bias or norm must be float32 [{size}], got {vector.dtype} {tuple(vector.shape)}")
+        raise ValueError(f"a vector must be float32 [{size}], got {vector.dtype} {tuple(vector.shape)}")
     return vector.data_ptr()

@@ -55,5 +55,6 @@ class TorchRunner:
     def execute(self, batch: ScheduledBatch) -> list[SampledToken | None]:
         """Flat tensors → logits → tokens. Mutates the KV pool, nothing else."""
         logits_LV = self.model(FlatBatch.build(batch, self.device), self.caches)
-        sampled = iter(sample(logits_LV, batch.sampled_requests(), self.eos_token_ids))
+        chosen = sample(logits_LV, batch.sampled_requests(), self.eos_token_ids, self.model.kernels)
+        sampled = iter(chosen.fetch())
         return [next(sampled) if item.is_sampled else None for item in batch.requests]

@@ -120,7 +120,16 @@ def _dtype(name: str, files: ModelFiles, device: torch.device) -> torch.dtype:
 
 def _kernels(device: torch.device, dtype: torch.dtype) -> KernelBackend:
     """The fastest kernels for device and dtype; logs which, and what their lack costs."""
-    if device.type != "cpu" or dtype != torch.float32:
+    if device.type == "cuda":
+        kernels = get_backend("auto", "cuda")
+        if kernels.name == "triton":
+            logger.info("kernels: Triton on %s", torch.cuda.get_device_name(device))
+        else:
+            logger.warning(
+                "kernels: plain torch, because triton isn't installed: several times slower; install triton"
+            )
+        return kernels
+    if dtype != torch.float32:
         return get_backend("reference")
     kernels = get_backend("auto")
     if kernels.name == "reference":
@@ -132,7 +141,7 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> KernelBackend:
         logger.info(
             "kernels: C++ for %s (of %s), %d threads",
             kernels.name,
-            ", ".join(name for name in available_backends() if name != "reference"),
+            ", ".join(name for name in available_backends() if name not in ("reference", "triton")),
             torch.get_num_threads(),
         )
     return kernels
@@ -140,7 +149,7 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> KernelBackend:
 
 def _bits_of(config: EngineConfig, files: ModelFiles, kernels: KernelBackend) -> Callable[[str], int | None]:
     """How many bits each matrix is kept in, None for all of ``--dtype``."""
-    can_pack = kernels.name != "reference"
+    can_pack = kernels.name not in ("reference", "triton")
     if config.quantization == "int8":
         if not can_pack:
             raise ConfigError(
