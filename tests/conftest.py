@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 from minivllm.openmp import spin_briefly
 
 spin_briefly()  # before torch is imported
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: it then runs on the CPU
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
+from minivllm_kernels import available_backends
 
 from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
@@ -19,6 +26,18 @@ from minivllm.engine.startup import load_model, make_engine
 from minivllm.models.llama import Llama
 from minivllm.request import SamplingParams
 from minivllm.weights.files import ModelFiles, resolve_model
+
+
+def pytest_report_header() -> str:
+    """Which kernels this machine can test."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    found = "; ".join(f"on {device}: {', '.join(available_backends(device))}" for device in devices)
+    missing = "" if torch.cuda.is_available() else ", nothing on cuda: no GPU"
+    if "triton" not in found:
+        missing += ", nothing of triton: not installed"
+    elif not torch.cuda.is_available():
+        missing += ", triton by its interpreter alone"
+    return f"kernels {found}{missing}"
 
 
 @pytest.fixture(scope="session")

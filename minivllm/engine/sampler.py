@@ -53,11 +53,10 @@ class Sample:
             table = numbers[num_rows:].reshape(num_asking, -1)
             width = table.shape[1] // 2
             for (row, count), line in zip(self._logprob_counts.items(), table, strict=True):
-                top_ids = line[1 : 1 + count].astype(np.int64).tolist()
-                top = list(zip(top_ids, line[1 + width :][:count].tolist(), strict=True))
-                sampled[row] = SampledToken(
-                    token_ids[row], TokenLogprob(token_ids[row], float(line[0]), top)
-                )
+                top_ids = line[1 : 1 + width].astype(np.int64).tolist()
+                top = list(zip(top_ids, line[1 + width :].tolist(), strict=True))[:count]
+                logprob = TokenLogprob(token_ids[row], float(line[0]), top)
+                sampled[row] = SampledToken(token_ids[row], logprob)
         return sampled
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,12 @@ import pytest
 import torch
 from minivllm_kernels import KernelBackend, available_backends, get_backend
 
-BACKENDS = dict.fromkeys(available_backends(), "cpu")
-"""Name of each backend that this machine can run, and the device that its tensors live on."""
+from tests.kernels.triton_casts import round_as_the_hardware_does
+
+BACKENDS = [(name, "cpu") for name in available_backends("cpu")]
+"""Name of each backend that this machine can run, and the type of device that its tensors live on."""
+if torch.cuda.is_available():
+    BACKENDS += [(name, "cuda") for name in available_backends("cuda")]
 
 
 @dataclass(frozen=True)
@@ -21,11 +26,27 @@ class Backend:
     kernels: KernelBackend
     device: torch.device
 
+    @property
+    def is_cpp(self) -> bool:
+        """Its activations are float32, and packed weights stay packed."""
+        return self.kernels.name not in ("reference", "triton")
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    name: str = request.param
-    return Backend(get_backend(name), torch.device(BACKENDS[name]))
+    @property
+    def is_slow(self) -> bool:
+        """Triton's interpreter: give it small tensors."""
+        return self.kernels.name == "triton" and self.device.type == "cpu"
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda pair: "-".join(pair))
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    name, device_type = request.param
+    backend = Backend(get_backend(name, device_type), torch.device(device_type))
+    if not backend.is_slow:
+        yield backend
+        return
+    round_as_the_hardware_does()
+    with np.errstate(all="ignore"):  # it computes with NumPy, on masked lanes too
+        yield backend
 
 
 @pytest.fixture
