@@ -180,7 +180,7 @@ def _logprobs(logits_LV: torch.Tensor, tokens_L: torch.Tensor, counts: dict[int,
     """For the rows in ``counts``, under the model itself, before anything above.
 
     Returns:
-        float64 [R, 1 + 2C]: the chosen token's log probability, the ids of the most likely tokens, and theirs.
+        float64 [R, 1 + 2C]: the chosen token's log probability, the likeliest tokens' ids, and theirs.
     """
     rows = _index(list(counts), logits_LV.device)
     table_RV = torch.log_softmax(logits_LV[rows].float(), dim=-1)
