@@ -255,23 +255,27 @@ class Tile:
 
 @cache
 def choose_tile(
-    group: int, head_dim: int, dtype: torch.dtype, is_decode: bool, capability: tuple[int, int]
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    is_decode: bool,
+    capability: tuple[int, int],
 ) -> Tile:
-    """For queries of this dtype on this generation of cards."""
+    """For queries and a cache of these dtypes on this generation of cards; as large as registers allow."""
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    wide = padded_dim * dtype.itemsize // 256  # 1: 128 × bf16
-    if is_decode:
-        # Bound by the stream of keys and values: enough bytes in flight, little of anything else.
+    is_float32 = dtype == torch.float32
+    if is_decode or is_float32:
+        # A decode is bound by the stream of keys and values: bytes in flight, and little of anything else.
+        # Exact float32 products have no tensor cores, and are written out one by one.
         rows = max(16, triton.next_power_of_2(group))
-        return Tile(rows, 1, keys=max(16, 64 // max(wide, 1)), num_warps=4, num_stages=3)
-    rows = max(128 if wide <= 1 else 64 if wide == 2 else 32, triton.next_power_of_2(group))
-    return Tile(
-        rows,
-        rows // group,
-        keys=64 if wide <= 1 else 32,
-        num_warps=8 if rows >= 128 else 4,
-        num_stages=3 if capability >= (9, 0) else 2,
-    )
+        keys = max(16, min(64, 8192 // padded_dim // (2 if is_float32 else 1)))
+    else:
+        rows = max(128 if padded_dim <= 128 else 64, triton.next_power_of_2(group))
+        needs_room = padded_dim > 128 or (cache_dtype != dtype and capability < (9, 0))
+        keys = 32 if needs_room else 64
+    num_warps = 8 if rows >= 128 or rows * padded_dim > 128 * 64 else 4
+    return Tile(rows, 1 if is_decode else rows // group, keys, num_warps, num_stages=3)
 
 
 @cache
@@ -343,7 +347,7 @@ def launch(
         return
     is_decode = num_tokens == num_seqs  # every sequence has a query at least
     group = num_heads // num_kv_heads
-    tile = choose_tile(group, head_dim, q_THD.dtype, is_decode, capability)
+    tile = choose_tile(group, head_dim, q_THD.dtype, k_cache_PKSD.dtype, is_decode, capability)
     num_tiles = num_seqs if is_decode else num_tokens // tile.queries + num_seqs
     if num_splits is None:
         max_keys = block_tables_BM.shape[1] * BLOCK_SIZE
