@@ -188,7 +188,9 @@ def attention_kernel(
     largest = tl.full([TILE_ROWS], -3.0e38, tl.float32)
     if not IS_DECODE and not HAS_WINDOW:
         # Keys that every row sees need no mask: all but the last few, in a prefill.
-        full_end = tl.minimum((num_before + first_query + 1) // TILE_KEYS * TILE_KEYS, end // TILE_KEYS * TILE_KEYS)
+        full_end = tl.minimum(
+            (num_before + first_query + 1) // TILE_KEYS * TILE_KEYS, end // TILE_KEYS * TILE_KEYS
+        )
         sums, total, largest = _attend_to_keys(
             sums, total, largest, q_tile, positions, begin, full_end, k_head, v_head, table,
             block_stride, slot_stride, score_factor, softcap_log2, window,
@@ -370,7 +372,7 @@ def launch(
         split_lse,
         num_seqs,
         block_tables_BM.stride(0),
-        sliding_window or 0,
+        min(sliding_window or 0, 2**31 - 1),
         # Powers of two are cheaper than of e. With a cap: the exponent of tanh, and the cap's own factor.
         (scale if softcap is None else 2 * scale / softcap) * _LOG2_E,
         (softcap or 0.0) * _LOG2_E,
@@ -436,6 +438,4 @@ def _check_support(
             f"got {v_cache_PKSD.stride()}"
         )
     if block_tables_BM.stride(-1) != 1:
-        raise ValueError(
-            f"block_tables_BM: rows must be contiguous, got strides {block_tables_BM.stride()}"
-        )
+        raise ValueError(f"block_tables_BM: rows must be contiguous, got strides {block_tables_BM.stride()}")
