@@ -277,14 +277,16 @@ def choose_tile(
         needs_room = padded_dim > 128 or (cache_dtype != dtype and capability < (9, 0))
         keys = 32 if needs_room else 64
     num_warps = 8 if rows >= 128 or rows * padded_dim > 128 * 64 else 4
-    return Tile(rows, 1 if is_decode else rows // group, keys, num_warps, num_stages=3)
+    # Of a cache of 8 bits, twice as many tiles on their way are as many bytes.
+    num_stages = 5 if is_decode and cache_dtype.itemsize == 1 else 3
+    return Tile(rows, 1 if is_decode else rows // group, keys, num_warps, num_stages)
 
 
 @cache
 def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability and number of multiprocessors. The interpreter's CPU counts as a small card."""
     if device.type == "cpu":
-        return (9, 0), 8
+        return (9, 0), 4
     properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor), properties.multi_processor_count
 

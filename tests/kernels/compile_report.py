@@ -2,7 +2,8 @@
 
 ``python -m tests.kernels.compile_report`` prints JSON, with ``--table`` a table. The kernels are compiled by
 calling the functions that launch them, on CPU tensors, with a driver that has a target but no device: so
-that types, alignments, tiles and constants are those of production. To add a kernel, add its call to ``CALLS``.
+that types, alignments, tiles and constants are those of production. Another kernel is another call in
+``CALLS``.
 """
 
 from __future__ import annotations

@@ -21,6 +21,20 @@ class Backend:
     kernels: KernelBackend
     device: torch.device
 
+    @property
+    def is_cpp(self) -> bool:
+        """Its activations are float32, and packed weights stay packed."""
+        return self.kernels.name not in ("reference", "triton")
+
+    @property
+    def is_slow(self) -> bool:
+        """Triton's interpreter: give it small tensors."""
+        return self.kernels.name == "triton" and self.device.type == "cpu"
+
+    def size(self, full: int, *, slow: int) -> int:
+        """A test's size: the full one, except in the interpreter."""
+        return slow if self.is_slow else full
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from minivllm_kernels import BLOCK_SIZE
-from minivllm_kernels.cpu import CppBackend
 
 from tests.kernels.conftest import Backend
 from tests.kernels.test_kernels import (
@@ -16,7 +15,6 @@ from tests.kernels.test_kernels import (
     TOLERANCE,
     attend_token_by_token,
     close,
-    is_interpreted,
     make_case,
     random_batch,
     same_bits,
@@ -27,8 +25,7 @@ FLOAT8_MAX = 448.0
 
 @pytest.mark.parametrize("window", [1, 2, 17, 40, 64, 100, 2**40])
 def test_sliding_windows(backend: Backend, rng: np.random.Generator, window: int) -> None:
-    num_seqs = 2 if is_interpreted(backend) else 6
-    sequences = [(130, 3), *random_batch(rng, "mixed", num_seqs, 130)]
+    sequences = [(130, 3), *random_batch(rng, "mixed", backend.size(6, slow=2), 130)]
     case = make_case(rng, backend.device, sequences, num_heads=6, head_dim=16)
     case.sliding_window = window
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
@@ -39,7 +36,7 @@ def test_sliding_windows_late_in_long_sequences(
     backend: Backend, rng: np.random.Generator, window: int
 ) -> None:
     """Whole ranges of keys lie before every window."""
-    sequences = [(2000, 1), (1700, 9), (513, 1), (640, 130)][: 2 if is_interpreted(backend) else 4]
+    sequences = [(2000, 1), (1700, 9), (513, 1), (640, 130)][: backend.size(4, slow=2)]
     case = make_case(rng, backend.device, sequences, num_heads=4, head_dim=16)
     case.sliding_window = window
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
@@ -51,7 +48,7 @@ def test_sliding_windows_late_in_long_sequences(
 def test_soft_caps(
     backend: Backend, rng: np.random.Generator, kind: str, softcap: float, window: int | None
 ) -> None:
-    sequences = [(90, 1), *random_batch(rng, kind, 2 if is_interpreted(backend) else 5, 100)]
+    sequences = [(90, 1), *random_batch(rng, kind, backend.size(5, slow=2), 100)]
     case = make_case(rng, backend.device, sequences, head_dim=20)
     case.scale *= 4 * softcap  # so that the cap matters
     case.softcap, case.sliding_window = softcap, window
@@ -67,12 +64,12 @@ def test_soft_caps_of_huge_scores(backend: Backend, rng: np.random.Generator) ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float8_caches(backend: Backend, rng: np.random.Generator, dtype: torch.dtype) -> None:
-    sequences = [(50, 50), *random_batch(rng, "mixed", 2 if is_interpreted(backend) else 5, 100)]
+    sequences = [(50, 50), *random_batch(rng, "mixed", backend.size(5, slow=2), 100)]
     case = make_case(rng, backend.device, sequences, head_dim=32, dtype=dtype)
     case.k_cache_PKSD, case.v_cache_PKSD = (
         cache.to(torch.float8_e4m3fn) for cache in (case.k_cache_PKSD, case.v_cache_PKSD)
     )
-    if isinstance(backend.kernels, CppBackend):
+    if backend.is_cpp:
         case.q_THD, case.out_THD = case.q_THD.float(), case.out_THD.float()
         with pytest.raises(
             ValueError, match=r"k_cache_PKSD must be one of .*bfloat16.* got torch.float8_e4m3fn"
@@ -94,7 +91,7 @@ def test_what_is_beyond_float8_is_written_as_its_largest(backend: Backend, rng: 
     )
     k_cache, v_cache = torch.zeros(2, 2, 1, BLOCK_SIZE, head_dim, device=device).to(torch.float8_e4m3fn)
     slots = torch.from_numpy(rng.permutation(2 * BLOCK_SIZE)[:num_tokens]).to(device)
-    if isinstance(backend.kernels, CppBackend):
+    if backend.is_cpp:
         with pytest.raises(ValueError, match=r"k_cache_PKSD must be one of .* got torch.float8_e4m3fn"):
             backend.kernels.rope_and_write_kv(heads, cos, sin, k_cache, v_cache, slots)
         return
@@ -113,7 +110,7 @@ def test_cpp_attention_of_a_token_is_the_same_alone(
     backend: Backend, rng: np.random.Generator, softcap: float | None, window: int | None
 ) -> None:
     """To the bit, whether a token comes in a prefill, in a chunk or as a decode."""
-    if not isinstance(backend.kernels, CppBackend):
+    if not backend.is_cpp:
         pytest.skip("only the C++ kernels promise it")
     case = make_case(rng, backend.device, [(700, 700), (40, 40)], num_heads=6, head_dim=16)
     case.sliding_window, case.softcap = window, softcap

@@ -42,7 +42,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def needs_dtype(backend: Backend, dtype: torch.dtype) -> None:
     """Skip what the C++ kernels don't have: their activations are float32."""
-    if backend.kernels.name != "reference" and dtype != torch.float32:
+    if backend.is_cpp and dtype != torch.float32:
         pytest.skip("activations are float32")
 
 
@@ -69,7 +69,7 @@ class AttentionCase:
     softcap: float | None = None
 
     def run(self, backend: Backend) -> torch.Tensor:
-        if backend.kernels.name != "reference" and self.q_THD.dtype == self.k_cache_PKSD.dtype:
+        if backend.is_cpp and self.q_THD.dtype == self.k_cache_PKSD.dtype:
             # The C++ kernels' activations are float32, whatever the cache.
             self.q_THD = self.q_THD.float()
             self.out_THD = self.out_THD.float() if self.out_THD.dtype != torch.float64 else self.out_THD
@@ -154,11 +154,6 @@ def attend_token_by_token(case: AttentionCase) -> np.ndarray:
     return out
 
 
-def is_interpreted(backend: Backend) -> bool:
-    """Whether it is Triton's interpreter, a thousand times slower than any other: it gets smaller cases."""
-    return backend.kernels.name == "triton" and backend.device.type == "cpu"
-
-
 def random_batch(rng: np.random.Generator, kind: str, num_seqs: int, longest: int) -> list[tuple[int, int]]:
     edges = [1, 2, 15, 16, 17, 31, 32, 33, 48, longest]
     lengths = [
@@ -179,7 +174,7 @@ def random_batch(rng: np.random.Generator, kind: str, num_seqs: int, longest: in
 def test_attention_groupings_and_head_dims(
     backend: Backend, rng: np.random.Generator, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> None:
-    sequences = random_batch(rng, "mixed", 2 if is_interpreted(backend) else 6, 40)
+    sequences = random_batch(rng, "mixed", backend.size(6, slow=2), backend.size(40, slow=20))
     case = make_case(
         rng, backend.device, sequences, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
     )
@@ -189,15 +184,15 @@ def test_attention_groupings_and_head_dims(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["decode", "prefill", "chunk", "mixed"])
 def test_attention_dtypes(backend: Backend, rng: np.random.Generator, kind: str, dtype: torch.dtype) -> None:
-    num_seqs, longest = (2, 60) if is_interpreted(backend) else (5, 100)
-    case = make_case(rng, backend.device, random_batch(rng, kind, num_seqs, longest), dtype=dtype)
+    sequences = random_batch(rng, kind, backend.size(5, slow=2), backend.size(100, slow=60))
+    case = make_case(rng, backend.device, sequences, dtype=dtype)
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill", "chunk", "mixed"])
 def test_attention_long_sequences(backend: Backend, rng: np.random.Generator, kind: str) -> None:
-    num_seqs = 2 if is_interpreted(backend) else 24 if kind == "decode" else 3
-    longest = 200 if is_interpreted(backend) and kind != "decode" else 600
+    num_seqs = backend.size(24 if kind == "decode" else 3, slow=2)
+    longest = backend.size(600, slow=600 if kind == "decode" else 200)
     sequences = [(longest, longest if kind == "prefill" else 1), *random_batch(rng, kind, num_seqs, longest)]
     case = make_case(rng, backend.device, sequences, num_heads=3, num_kv_heads=1, head_dim=16)
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
@@ -209,6 +204,7 @@ def test_attention_of_thousands_of_tokens(
 ) -> None:
     """Decodes, and chunks of a few tokens, late in sequences of up to 4,000."""
     lengths = [4000, *map(int, rng.integers(1000, 4001, 2)), *map(int, rng.integers(1, 1000, 2))]
+    lengths = lengths[:: backend.size(1, slow=3)]
     sequences = [(length, int(rng.choice([1, 1, min(5, length)]))) for length in lengths]
     case = make_case(rng, backend.device, sequences, num_heads=6, num_kv_heads=2, dtype=dtype)
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[dtype])
@@ -216,14 +212,13 @@ def test_attention_of_thousands_of_tokens(
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257])
 def test_attention_of_one_sequence(backend: Backend, rng: np.random.Generator, length: int) -> None:
-    some = 5 if is_interpreted(backend) and length > 200 else length
-    for num_queries in sorted({1, (some + 1) // 2, some}):
+    for num_queries in sorted({1, (length + 1) // 2, backend.size(length, slow=min(length, 40))}):
         case = make_case(rng, backend.device, [(length, num_queries)], num_heads=4, head_dim=16)
         close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
 
 
 def test_attention_of_many_decodes(backend: Backend, rng: np.random.Generator) -> None:
-    sequences = random_batch(rng, "decode", 40 if is_interpreted(backend) else 256, 60)
+    sequences = random_batch(rng, "decode", backend.size(256, slow=40), 60)
     case = make_case(rng, backend.device, sequences, num_heads=2, num_kv_heads=1, head_dim=16)
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
 
