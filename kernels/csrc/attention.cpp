@@ -35,6 +35,8 @@ struct Arguments {
     const int32_t *seq_lens, *query_start;
     int64_t num_seqs, heads, kv_heads, head_dim;
     float scale;
+    int64_t window;  // tokens that a query sees, itself included
+    float softcap;   // 0: none
     float* out;
     int64_t out_stride;
 
@@ -46,7 +48,9 @@ struct Arguments {
 // r / group, in the head's r % group-th query head.
 struct Tile {
     int32_t sequence, kv_head, row, rows;
-    int32_t num_ranges;
+    int32_t first_range, end_range;  // the ranges of keys that any of its rows sees
+
+    int32_t num_ranges() const { return end_range - first_range; }
 };
 
 // The running softmax of some rows: largest score, sum of weights, weighted sum of values [rows, padded_dim].
@@ -137,12 +141,14 @@ INLINE void for_rows(int64_t rows, Run run) {
 }
 
 // Scores become weights e^(score - largest); what was summed up so far is rescaled where the largest grew.
-// A row sees its first `visible` keys of the 64.
-void soften_row(float* scores, int64_t visible, int64_t padded, float* largest, float* total, float* values) {
-    if (visible <= 0) {
+// A row sees keys [hidden, visible) of the 64.
+void soften_row(float* scores, int64_t hidden, int64_t visible, int64_t padded, float* largest, float* total,
+                float* values) {
+    if (visible <= hidden) {
         std::fill(scores, scores + kTileKeys, 0.0f);
         return;
     }
+    for (int64_t key = 0; key < hidden; ++key) scores[key] = kMinusInfinity;
     for (int64_t key = visible; key < kTileKeys; ++key) scores[key] = kMinusInfinity;
     Vec top = load(scores);
     for (int i = kLanes; i < kTileKeys; i += kLanes) top = max(top, load(scores + i));
@@ -160,6 +166,14 @@ void soften_row(float* scores, int64_t visible, int64_t padded, float* largest, 
         *largest = now;
     }
     *total += sum_lanes(sum);
+}
+
+// scores = cap * tanh(scores / cap), for 64 keys.
+void cap_row(float* scores, float cap) {
+    for (int i = 0; i < kTileKeys; i += kLanes) {
+        Vec power = exp(load(scores + i) * (2.0f / cap));
+        store(scores + i, cap - (2.0f * cap) / (power + 1.0f));
+    }
 }
 
 // A partial result into the running one.
@@ -186,8 +200,8 @@ class Kernel {
         const int64_t num_tiles = int64_t(tiles.size());
         int64_t work = 0, most_ranges = 1;
         for (const Tile& tile : tiles) {
-            work += int64_t(tile.rows) * tile.num_ranges;
-            most_ranges = std::max<int64_t>(most_ranges, tile.num_ranges);
+            work += int64_t(tile.rows) * tile.num_ranges();
+            most_ranges = std::max<int64_t>(most_ranges, tile.num_ranges());
         }
         if (most_ranges > 1 && num_tiles < 4 * num_threads()) {
             run_ranges(tiles);
@@ -204,7 +218,7 @@ class Kernel {
                 const Tile& tile = tiles[i];
                 const float* q = load_queries(tile, work_memory);
                 running.reset(tile.rows, padded_);
-                for (int32_t range = 0; range < tile.num_ranges; ++range) {
+                for (int32_t range = tile.first_range; range < tile.end_range; ++range) {
                     attend(tile, range, q, work_memory, partial);
                     merge(partial, running, tile.rows, padded_);
                 }
@@ -224,7 +238,8 @@ class Kernel {
         std::vector<int64_t> first_item;
         for (int64_t i = 0; i < int64_t(tiles.size()); ++i) {
             first_item.push_back(int64_t(items.size()));
-            for (int32_t range = 0; range < tiles[i].num_ranges; ++range) items.push_back({i, range});
+            for (int32_t range = tiles[i].first_range; range < tiles[i].end_range; ++range)
+                items.push_back({i, range});
         }
         std::vector<float> partials(items.size() * softmax_floats(padded_));
 #pragma omp parallel
@@ -241,7 +256,7 @@ class Kernel {
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t i = 0; i < int64_t(tiles.size()); ++i) {
                 running.reset(tiles[i].rows, padded_);
-                for (int32_t range = 0; range < tiles[i].num_ranges; ++range) {
+                for (int32_t range = 0; range < tiles[i].num_ranges(); ++range) {
                     int64_t item = first_item[i] + range;
                     merge(softmax_at(&partials[item * softmax_floats(padded_)]), running, tiles[i].rows, padded_);
                 }
@@ -260,12 +275,17 @@ class Kernel {
                 for (int64_t row = 0; row < rows; row += kTileRows) {
                     int64_t count = std::min<int64_t>(kTileRows, rows - row);
                     int64_t keys = first_position + (row + count - 1) / group + 1;
-                    tiles.push_back({b, head, int32_t(row), int32_t(count), int32_t((keys + kRangeKeys - 1) / kRangeKeys)});
+                    tiles.push_back({b, head, int32_t(row), int32_t(count),
+                                     int32_t(window_begin(first_position + row / group) / kRangeKeys),
+                                     int32_t((keys + kRangeKeys - 1) / kRangeKeys)});
                 }
             }
         }
         return tiles;
     }
+
+    // The first key that a query at this position sees.
+    int64_t window_begin(int64_t position) const { return std::max<int64_t>(0, position + 1 - a_.window); }
 
     // Two softmax states, then the queries, their scores, and a block's keys or values.
     float* thread_memory() const {
@@ -295,10 +315,14 @@ class Kernel {
         const int64_t num_keys = first_position + (tile.row + tile.rows - 1) / group + 1;
         const int64_t range_end = std::min<int64_t>(num_keys, int64_t(range + 1) * kRangeKeys);
         const int32_t* table = a_.tables + tile.sequence * a_.table_stride;
+        // The first row sees the earliest keys. 64s begin at multiples of 64 and blocks before are left out.
+        const int64_t begin = window_begin(first_position + tile.row / group);
         result.reset(tile.rows, padded_);
-        for (int64_t start = int64_t(range) * kRangeKeys; start < range_end; start += kTileKeys) {
+        for (int64_t start = std::max(int64_t(range) * kRangeKeys, begin / kTileKeys * kTileKeys);
+             start < range_end; start += kTileKeys) {
             const int64_t keys = std::min<int64_t>(kTileKeys, range_end - start);
-            for (int64_t first = 0; first < keys; first += kBlockSize) {
+            const int64_t first_block = std::max<int64_t>(0, begin - start) / kBlockSize * kBlockSize;
+            for (int64_t first = first_block; first < keys; first += kBlockSize) {
                 // Blocks lie anywhere in the pool: the CPU can't guess where the next one is.
                 const int64_t place = block_place(table, start + first, tile.kv_head);
                 const bool is_last = start + first + kBlockSize >= num_keys;
@@ -312,11 +336,13 @@ class Kernel {
                 });
             }
             for (int64_t row = 0; row < tile.rows; ++row) {
-                int64_t visible = first_position + (tile.row + row) / group + 1 - start;
-                soften_row(scores + row * kTileKeys, std::min<int64_t>(visible, keys), padded_, result.largest + row,
-                           result.total + row, result.values + row * padded_);
+                const int64_t position = first_position + (tile.row + row) / group;
+                const int64_t hidden = std::clamp<int64_t>(window_begin(position) - start, 0, kTileKeys);
+                if (a_.softcap > 0.0f) cap_row(scores + row * kTileKeys, a_.softcap);
+                soften_row(scores + row * kTileKeys, hidden, std::min<int64_t>(position + 1 - start, keys), padded_,
+                           result.largest + row, result.total + row, result.values + row * padded_);
             }
-            for (int64_t first = 0; first < keys; first += kBlockSize) {
+            for (int64_t first = first_block; first < keys; first += kBlockSize) {
                 const int64_t count = std::min<int64_t>(kBlockSize, keys - first);
                 with_block(v_cache_ + block_place(table, start + first, tile.kv_head), widened, [&](auto* values) {
                     for_rows(tile.rows, [&](auto n, int64_t row) {
@@ -368,9 +394,10 @@ class Kernel {
 void paged_attention(const float* q, int64_t q_stride, const void* k_cache, const void* v_cache,
                      int64_t kv_type, const int32_t* tables, int64_t table_stride, const int32_t* seq_lens,
                      const int32_t* query_start, int64_t num_seqs, int64_t heads, int64_t kv_heads,
-                     int64_t head_dim, float scale, float* out, int64_t out_stride) {
-    const Arguments arguments{q,     q_stride, tables,   table_stride, seq_lens, query_start, num_seqs,
-                              heads, kv_heads, head_dim, scale,        out,      out_stride};
+                     int64_t head_dim, float scale, int64_t window, float softcap, float* out,
+                     int64_t out_stride) {
+    const Arguments arguments{q,        q_stride, tables, table_stride, seq_lens, query_start, num_seqs,  heads,
+                              kv_heads, head_dim, scale,  window,       softcap,  out,         out_stride};
     if (kv_type == 0) Kernel<float>(arguments, (const float*)k_cache, (const float*)v_cache).run();
     if (kv_type == 1) Kernel<Half>(arguments, (const Half*)k_cache, (const Half*)v_cache).run();
     if (kv_type == 2) Kernel<BFloat>(arguments, (const BFloat*)k_cache, (const BFloat*)v_cache).run();

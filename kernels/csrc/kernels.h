@@ -27,11 +27,12 @@ void rope_and_write_kv(float* heads, const float* cos, const float* sin, void* k
                        int64_t kv_type, const int64_t* slots, int64_t tokens, int64_t num_heads,
                        int64_t kv_heads, int64_t head_dim);
 
-// attention.cpp
+// attention.cpp: a query sees the last `window` tokens, and 0 is no softcap.
 void paged_attention(const float* q, int64_t q_stride, const void* k_cache, const void* v_cache,
                      int64_t kv_type, const int32_t* tables, int64_t table_stride, const int32_t* seq_lens,
                      const int32_t* query_start, int64_t num_seqs, int64_t heads, int64_t kv_heads,
-                     int64_t head_dim, float scale, float* out, int64_t out_stride);
+                     int64_t head_dim, float scale, int64_t window, float softcap, float* out,
+                     int64_t out_stride);
 
 // sampling.cpp: `temperature` (and then `keys`, two for each row) may be null for greedy choices.
 void draw(const float* scores, int64_t row_stride, const float* temperature, const int32_t* keys, int64_t* tokens,

@@ -25,6 +25,7 @@ except ImportError:  # not built
 
 _KV_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MAX_HEAD_DIM = 1024
+_NO_WINDOW = 2**62  # tokens
 
 
 def instruction_sets() -> list[str]:
@@ -161,7 +162,7 @@ class CppBackend(KernelBackend):
             sin_TD.data_ptr(),
             k_cache_PKSD.data_ptr(),
             v_cache_PKSD.data_ptr(),
-            _KV_TYPES[k_cache_PKSD.dtype],
+            _kv_type(k_cache_PKSD),
             slots_T.data_ptr(),
             num_tokens,
             num_heads,
@@ -180,9 +181,19 @@ class CppBackend(KernelBackend):
         *,
         scale: float,
         out_THD: torch.Tensor,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
     ) -> None:
         check_paged_attention(
-            q_THD, k_cache_PKSD, v_cache_PKSD, block_tables_BM, seq_lens_B, query_start_B1, out_THD
+            q_THD,
+            k_cache_PKSD,
+            v_cache_PKSD,
+            block_tables_BM,
+            seq_lens_B,
+            query_start_B1,
+            out_THD,
+            sliding_window=sliding_window,
+            softcap=softcap,
         )
         num_heads, head_dim = q_THD.shape[1:]
         num_kv_heads = k_cache_PKSD.shape[1]
@@ -192,7 +203,7 @@ class CppBackend(KernelBackend):
             q_stride,
             k_cache_PKSD.data_ptr(),
             v_cache_PKSD.data_ptr(),
-            _KV_TYPES[k_cache_PKSD.dtype],
+            _kv_type(k_cache_PKSD),
             block_tables_BM.data_ptr(),
             block_tables_BM.stride(0),
             seq_lens_B.data_ptr(),
@@ -202,6 +213,8 @@ class CppBackend(KernelBackend):
             num_kv_heads,
             head_dim,
             scale,
+            _NO_WINDOW if sliding_window is None else min(sliding_window, _NO_WINDOW),
+            softcap or 0.0,
             out_THD.data_ptr(),
             out_stride,
         )
@@ -279,6 +292,15 @@ def _scores(scores_LV: torch.Tensor) -> torch.Tensor:
     """float32, with contiguous rows."""
     scores_LV = scores_LV.float()
     return scores_LV if scores_LV.stride(1) == 1 else scores_LV.contiguous()
+
+
+def _kv_type(k_cache_PKSD: torch.Tensor) -> int:
+    if k_cache_PKSD.dtype not in _KV_TYPES:
+        raise ValueError(
+            f"k_cache_PKSD must be one of {', '.join(map(str, _KV_TYPES))} for the C++ kernels, "
+            f"got {k_cache_PKSD.dtype}"
+        )
+    return _KV_TYPES[k_cache_PKSD.dtype]
 
 
 def _residual(x_TN: torch.Tensor, residual_TN: torch.Tensor | None) -> int:

@@ -20,6 +20,7 @@ tensor-core tile and for a CPU cache line alike.
 
 from __future__ import annotations
 
+import math
 import os
 from abc import abstractmethod
 from importlib.util import find_spec
@@ -103,7 +104,8 @@ class KernelBackend(Protocol):
             heads_TAD: A = H + 2K: queries, keys, values, as one product gives them. Mutated: the
                 queries are rotated in place. The cache gets rotated keys, and values, in its own dtype.
             cos_TD, sin_TD: float32, both halves equal.
-            k_cache_PKSD, v_cache_PKSD: mutated at ``slots`` and nowhere else.
+            k_cache_PKSD, v_cache_PKSD: mutated at ``slots`` and nowhere else. With float8_e4m3fn, what is
+                beyond its ±448 becomes ±448; not every backend has this dtype.
             slots_T: int64: block × S + offset in the block; no slot occurs twice.
         """
 
@@ -119,12 +121,14 @@ class KernelBackend(Protocol):
         *,
         scale: float,
         out_THD: torch.Tensor,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
     ) -> None:
         """Causal attention of this step's tokens over their sequences' cached keys and values.
 
         Prefill, decode and mixed batches alike: sequence b's queries are
-        ``q[query_start[b]:query_start[b+1]]``, its last ones; it has ``seq_lens[b]`` tokens in the
-        cache, this step's included, in the blocks ``block_tables[b]`` (Kwon et al. 2023).
+        ``q[query_start[b]:query_start[b+1]]``, its last ones, at least one; it has ``seq_lens[b]`` tokens
+        in the cache, this step's included, in the blocks ``block_tables[b]`` (Kwon et al. 2023).
 
         Args:
             block_tables_BM, seq_lens_B, query_start_B1: int32. Table entries past a sequence's
@@ -132,6 +136,12 @@ class KernelBackend(Protocol):
                 not even as NaN.
             scale: factor on ``q · k``, usually ``D ** -0.5``.
             out_THD: mutated, every element of it.
+            sliding_window: a query sees itself and the ``sliding_window - 1`` tokens before it (Mistral 7B,
+                Jiang et al. 2023). None: all tokens before it.
+            softcap: a score s becomes ``softcap * tanh(s / softcap)`` before the softmax (Gemma 2, 2024).
+
+        Raises:
+            ValueError: tensors don't fit together, or this backend has no code for their dtypes.
         """
 
     @abstractmethod
@@ -192,8 +202,15 @@ def check_paged_attention(
     seq_lens_B: torch.Tensor,
     query_start_B1: torch.Tensor,
     out_THD: torch.Tensor,
+    *,
+    sliding_window: int | None,
+    softcap: float | None,
 ) -> None:
-    """Raise ValueError, naming the tensor, unless shapes and dtypes fit together."""
+    """Raise ValueError, naming the argument, unless shapes and dtypes fit together."""
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1, or None for none, got {sliding_window}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None for none, got {softcap}")
     q_shape, cache_shape = q_THD.shape, k_cache_PKSD.shape
     num_seqs = seq_lens_B.shape[0] if seq_lens_B.ndim == 1 else -1
     # Every layer of every step comes by here: one expression, and a name for the fault only if there is one.

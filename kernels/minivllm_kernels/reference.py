@@ -15,6 +15,8 @@ from minivllm_kernels import reference_sampling
 from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, Weight, check_paged_attention
 from minivllm_kernels.packed import PackedWeight
 
+_FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
 
 class ReferenceBackend(KernelBackend):
     """Plain torch."""
@@ -52,8 +54,12 @@ class ReferenceBackend(KernelBackend):
         rotated_TAD = rotated_TAD * cos + torch.cat((-second, first), dim=-1) * sin
         heads_TAD[:, : -2 * num_kv_heads] = rotated_TAD[:, :-num_kv_heads]
         blocks, offsets = slots_T // BLOCK_SIZE, slots_T % BLOCK_SIZE
-        k_cache_PKSD[blocks, :, offsets] = rotated_TAD[:, -num_kv_heads:].to(k_cache_PKSD.dtype)
-        v_cache_PKSD[blocks, :, offsets] = v_TKD.to(v_cache_PKSD.dtype)
+        k_TKD = rotated_TAD[:, -num_kv_heads:]
+        for cache_PKSD, rows_TKD in ((k_cache_PKSD, k_TKD), (v_cache_PKSD, v_TKD)):
+            if cache_PKSD.dtype == torch.float8_e4m3fn:  # torch makes NaN of what is beyond its range
+                rows_TKD = rows_TKD.clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+                cache_PKSD = cache_PKSD.view(torch.uint8)  # torch can't index float8
+            cache_PKSD[blocks, :, offsets] = rows_TKD.to(cache_PKSD.dtype)
 
     def paged_attention(
         self,
@@ -66,9 +72,19 @@ class ReferenceBackend(KernelBackend):
         *,
         scale: float,
         out_THD: torch.Tensor,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
     ) -> None:
         check_paged_attention(
-            q_THD, k_cache_PKSD, v_cache_PKSD, block_tables_BM, seq_lens_B, query_start_B1, out_THD
+            q_THD,
+            k_cache_PKSD,
+            v_cache_PKSD,
+            block_tables_BM,
+            seq_lens_B,
+            query_start_B1,
+            out_THD,
+            sliding_window=sliding_window,
+            softcap=softcap,
         )
         # Sequences with equally many queries and about equally many blocks go through together.
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -88,6 +104,8 @@ class ReferenceBackend(KernelBackend):
                 block_tables_BM[index, :num_blocks],
                 seq_lens_B[index].long(),
                 scale,
+                sliding_window,
+                softcap,
             )
 
     def silu_and_mul(self, gate_up_TI2: torch.Tensor) -> torch.Tensor:
@@ -125,6 +143,8 @@ def _attend(
     tables_BM: torch.Tensor,
     seq_lens_B: torch.Tensor,
     scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Attention of B sequences with Q queries each; M blocks, so L = M × S keys. Returns [B, Q, H, D]."""
     num_seqs, num_queries, num_heads, head_dim = q_BQHD.shape
@@ -141,7 +161,9 @@ def _attend(
     unused_L = positions_BS[unused_B, unused_S]
 
     def gather(cache_PKSD: torch.Tensor) -> torch.Tensor:
-        runs = cache_PKSD.view(-1, BLOCK_SIZE * head_dim).index_select(0, runs_BKM.flatten())
+        is_float8 = cache_PKSD.dtype == torch.float8_e4m3fn  # which torch can't index
+        rows = (cache_PKSD.view(torch.uint8) if is_float8 else cache_PKSD).view(-1, BLOCK_SIZE * head_dim)
+        runs = rows.index_select(0, runs_BKM.flatten()).view(cache_PKSD.dtype)
         keys_BKLD = runs.view(num_seqs, num_kv_heads, -1, head_dim).to(q_BQHD.dtype)
         keys_BKLD[unused_B, :, unused_L] = 0.0
         return keys_BKLD
@@ -151,8 +173,13 @@ def _attend(
     query_positions_BQ = (seq_lens_B - num_queries)[:, None] + torch.arange(num_queries, device=device)
     positions_L = torch.arange(tables_BM.shape[1] * BLOCK_SIZE, device=device)
     is_visible_BQL = positions_L <= query_positions_BQ[:, :, None]
+    if sliding_window is not None:
+        is_visible_BQL &= positions_L > query_positions_BQ[:, :, None] - sliding_window
     is_visible = is_visible_BQL[:, None].repeat(1, 1, num_heads // num_kv_heads, 1)
-    out = F.scaled_dot_product_attention(
-        q_BKGQD, gather(k_cache_PKSD), gather(v_cache_PKSD), attn_mask=is_visible, scale=scale
-    )
+    keys, values = gather(k_cache_PKSD), gather(v_cache_PKSD)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q_BKGQD, keys, values, attn_mask=is_visible, scale=scale)
+    else:
+        scores = softcap * torch.tanh(q_BKGQD @ keys.transpose(-1, -2) * (scale / softcap))
+        out = torch.where(is_visible, scores, -torch.inf).softmax(-1) @ values
     return out.reshape(num_seqs, num_heads, num_queries, head_dim).transpose(1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from minivllm_kernels import triton_elementwise, triton_sampling
+from minivllm_kernels import triton_attention, triton_elementwise, triton_sampling
 from minivllm_kernels.reference import ReferenceBackend
 
 
@@ -16,8 +16,6 @@ class TritonBackend(ReferenceBackend):
     """
 
     name = "triton"
-
-    # paged_attention: the reference's, until triton_attention.paged_attention takes its place here.
 
     def rms_norm(
         self, x_TN: torch.Tensor, weight_N: torch.Tensor, eps: float, residual_TN: torch.Tensor | None = None
@@ -34,6 +32,25 @@ class TritonBackend(ReferenceBackend):
         slots_T: torch.Tensor,
     ) -> None:
         triton_elementwise.rope_and_write_kv(heads_TAD, cos_TD, sin_TD, k_cache_PKSD, v_cache_PKSD, slots_T)
+
+    def paged_attention(
+        self,
+        q_THD: torch.Tensor,
+        k_cache_PKSD: torch.Tensor,
+        v_cache_PKSD: torch.Tensor,
+        block_tables_BM: torch.Tensor,
+        seq_lens_B: torch.Tensor,
+        query_start_B1: torch.Tensor,
+        *,
+        scale: float,
+        out_THD: torch.Tensor,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        triton_attention.paged_attention(
+            q_THD, k_cache_PKSD, v_cache_PKSD, block_tables_BM, seq_lens_B, query_start_B1,
+            scale=scale, out_THD=out_THD, sliding_window=sliding_window, softcap=softcap,
+        )  # fmt: skip
 
     def silu_and_mul(self, gate_up_TI2: torch.Tensor) -> torch.Tensor:
         return triton_elementwise.silu_and_mul(gate_up_TI2)

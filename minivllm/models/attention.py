@@ -25,7 +25,7 @@ class Attention:
     def __init__(self, prefix: str, config: ModelConfig, placement: Placement) -> None:
         self.kernels = placement.kernels
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim = config.head_dim
+        self.head_dim, self.sliding_window = config.head_dim, config.sliding_window
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         name, bias = f"{prefix}.self_attn", config.attention_bias
         self.qkv_proj = NormedLinear(
@@ -62,5 +62,6 @@ class Attention:
             batch.query_start_B1,
             scale=self.head_dim**-0.5,
             out_THD=out.view(x_TN.shape[0], self.num_heads, self.head_dim),
+            sliding_window=self.sliding_window,
         )
         return self.o_proj(out), residual_TN

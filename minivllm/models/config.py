@@ -69,6 +69,8 @@ class ModelConfig:
     """Bias in all three MLP projections."""
     dtype: str
     """Of the checkpoint: ``"float32"``, ``"bfloat16"`` or ``"float16"``."""
+    sliding_window: int | None = None
+    """Tokens that a query sees, itself included; None: all tokens up to its own."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """Every id that ends a turn."""
@@ -88,7 +90,7 @@ class ModelConfig:
                 isn't supported; the message begins with ``source`` and names the field.
         """
         fields = Fields(config, source)
-        _check_architecture(fields)
+        architecture = _check_architecture(fields)
         hidden_size = fields.integer("hidden_size", 1, _MAX_SIZE)
         num_heads = fields.integer("num_attention_heads", 1, _MAX_SIZE)
         max_position_embeddings = fields.integer("max_position_embeddings", 1, _MAX_CONTEXT)
@@ -116,6 +118,7 @@ class ModelConfig:
             dtype=fields.choice(
                 "torch_dtype" if fields.get("dtype") is None else "dtype", _DTYPES, "float32"
             ),
+            sliding_window=_sliding_window(fields) if architecture == "MistralForCausalLM" else None,
             bos_token_id=next(iter(fields.token_ids("bos_token_id", vocab_size)), None),
             eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),
         )
@@ -178,7 +181,7 @@ class ModelConfig:
         )
 
 
-def _check_architecture(fields: Fields) -> None:
+def _check_architecture(fields: Fields) -> str:
     model_type, architectures = fields.get("model_type"), fields.get("architectures")
     if architectures is None:
         architectures = [name for name, known in ARCHITECTURES.items() if known == model_type]
@@ -194,12 +197,6 @@ def _check_architecture(fields: Fields) -> None:
             f"{fields.source}: architectures {reprlib.repr(architectures)} with model_type "
             f"{reprlib.repr(model_type)} isn't supported; supported are {', '.join(ARCHITECTURES)}"
         )
-    if architectures == ["MistralForCausalLM"]:
-        window = fields.values.get("sliding_window", _MISTRAL_SLIDING_WINDOW)
-        if window is not None:
-            raise ModelLoadError(
-                f"{fields.source}: sliding_window must be null (none), got {reprlib.repr(window)}"
-            )
     quantization = fields.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -207,6 +204,15 @@ def _check_architecture(fields: Fields) -> None:
             f"{fields.source}: quantization_config: checkpoints quantised with {reprlib.repr(method)} "
             f"aren't supported"
         )
+    architecture: str = architectures[0]
+    return architecture
+
+
+def _sliding_window(fields: Fields) -> int | None:
+    """Null is none; what isn't there is transformers' default."""
+    if fields.values.get("sliding_window", _MISTRAL_SLIDING_WINDOW) is None:
+        return None
+    return fields.integer("sliding_window", 1, _MAX_CONTEXT, _MISTRAL_SLIDING_WINDOW)
 
 
 def _num_kv_heads(fields: Fields, name: str, num_heads: int) -> int:

@@ -71,6 +71,8 @@ class AttentionCase:
     query_start_B1: torch.Tensor
     scale: float
     out_THD: torch.Tensor
+    sliding_window: int | None = None
+    softcap: float | None = None
 
     def run(self, backend: Backend) -> torch.Tensor:
         if backend.is_cpp and self.q_THD.dtype == self.k_cache_PKSD.dtype:
@@ -147,11 +149,14 @@ def attend_token_by_token(case: AttentionCase) -> np.ndarray:
             values = np.stack([v_cache[block, kv_head, offset] for block, offset in slots])
             num_queries = starts[row + 1] - starts[row]
             for index in range(num_queries):
-                num_visible = length - num_queries + index + 1
+                end = length - num_queries + index + 1
+                begin = 0 if case.sliding_window is None else max(0, end - case.sliding_window)
                 token = starts[row] + index
-                scores = case.scale * (keys[:num_visible] @ q[token, head])
+                scores = case.scale * (keys[begin:end] @ q[token, head])
+                if case.softcap is not None:
+                    scores = case.softcap * np.tanh(scores / case.softcap)
                 weights = np.exp(scores - scores.max())
-                out[token, head] = weights / weights.sum() @ values[:num_visible]
+                out[token, head] = weights / weights.sum() @ values[begin:end]
     return out
 
 
@@ -175,7 +180,7 @@ def random_batch(rng: np.random.Generator, kind: str, num_seqs: int, longest: in
 def test_attention_groupings_and_head_dims(
     backend: Backend, rng: np.random.Generator, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> None:
-    sequences = random_batch(rng, "mixed", 6, 40)
+    sequences = random_batch(rng, "mixed", backend.size(6, slow=2), backend.size(40, slow=20))
     case = make_case(
         rng, backend.device, sequences, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
     )
@@ -185,14 +190,16 @@ def test_attention_groupings_and_head_dims(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["decode", "prefill", "chunk", "mixed"])
 def test_attention_dtypes(backend: Backend, rng: np.random.Generator, kind: str, dtype: torch.dtype) -> None:
-    case = make_case(rng, backend.device, random_batch(rng, kind, 5, 100), dtype=dtype)
+    sequences = random_batch(rng, kind, backend.size(5, slow=2), backend.size(100, slow=60))
+    case = make_case(rng, backend.device, sequences, dtype=dtype)
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill", "chunk", "mixed"])
 def test_attention_long_sequences(backend: Backend, rng: np.random.Generator, kind: str) -> None:
-    num_seqs = 24 if kind == "decode" else 3
-    sequences = [(600, 600 if kind == "prefill" else 1), *random_batch(rng, kind, num_seqs, 600)]
+    num_seqs = backend.size(24 if kind == "decode" else 3, slow=2)
+    longest = backend.size(600, slow=600 if kind == "decode" else 200)
+    sequences = [(longest, longest if kind == "prefill" else 1), *random_batch(rng, kind, num_seqs, longest)]
     case = make_case(rng, backend.device, sequences, num_heads=3, num_kv_heads=1, head_dim=16)
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
 
@@ -203,6 +210,7 @@ def test_attention_of_thousands_of_tokens(
 ) -> None:
     """Decodes, and chunks of a few tokens, late in sequences of up to 4,000."""
     lengths = [4000, *map(int, rng.integers(1000, 4001, 2)), *map(int, rng.integers(1, 1000, 2))]
+    lengths = lengths[:: backend.size(1, slow=3)]
     sequences = [(length, int(rng.choice([1, 1, min(5, length)]))) for length in lengths]
     case = make_case(rng, backend.device, sequences, num_heads=6, num_kv_heads=2, dtype=dtype)
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[dtype])
@@ -210,13 +218,13 @@ def test_attention_of_thousands_of_tokens(
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257])
 def test_attention_of_one_sequence(backend: Backend, rng: np.random.Generator, length: int) -> None:
-    for num_queries in sorted({1, (length + 1) // 2, length}):
+    for num_queries in sorted({1, (length + 1) // 2, backend.size(length, slow=min(length, 40))}):
         case = make_case(rng, backend.device, [(length, num_queries)], num_heads=4, head_dim=16)
         close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
 
 
 def test_attention_of_many_decodes(backend: Backend, rng: np.random.Generator) -> None:
-    sequences = random_batch(rng, "decode", 256, 60)
+    sequences = random_batch(rng, "decode", backend.size(256, slow=40), 60)
     case = make_case(rng, backend.device, sequences, num_heads=2, num_kv_heads=1, head_dim=16)
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
 
@@ -242,7 +250,11 @@ def test_attention_writes_to_a_view(backend: Backend, rng: np.random.Generator) 
     wide_q = torch.full((num_tokens, num_heads + 4, head_dim), torch.nan, device=backend.device)
     wide_q[:, :num_heads] = case.q_THD
     case.q_THD = wide_q[:, :num_heads]
+    wide_out = torch.full((num_tokens, num_heads + 3, head_dim), torch.nan, device=backend.device)
+    case.out_THD = wide_out[:, 1 : num_heads + 1]
     close(case.run(backend), attend_token_by_token(case), TOLERANCE[torch.float32])
+    assert wide_out[:, 0].isnan().all()
+    assert wide_out[:, num_heads + 1 :].isnan().all()
 
 
 BAD_ARGUMENTS: list[tuple[str, Any]] = [
@@ -264,6 +276,9 @@ BAD_ARGUMENTS: list[tuple[str, Any]] = [
     ("out_THD", lambda c: {"out_THD": c.out_THD[:-1]}),
     ("out_THD", lambda c: {"out_THD": c.out_THD[:, :4]}),
     ("out_THD", lambda c: {"out_THD": c.out_THD.double()}),
+    ("sliding_window", lambda c: {"sliding_window": 0}),
+    ("softcap", lambda c: {"softcap": -50.0}),
+    ("softcap", lambda c: {"softcap": math.nan}),
 ]
 
 

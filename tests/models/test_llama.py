@@ -12,7 +12,7 @@ import pytest
 import torch
 from minivllm_kernels import get_backend
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from minivllm.config import BLOCK_SIZE
 from minivllm.engine.batch import FlatBatch
@@ -61,10 +61,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "mlp bias, one layer": {"mlp_bias": True, "num_hidden_layers": 1},
+    "mistral": {"sliding_window": 24, "head_dim": 8},  # prompts of 70 and 200 tokens are longer
 }
 
 
-def make_oracle(variant: str) -> LlamaForCausalLM:
+def make_oracle(variant: str) -> LlamaForCausalLM | MistralForCausalLM:
     settings = {
         "vocab_size": 97,
         "hidden_size": 64,
@@ -79,7 +80,11 @@ def make_oracle(variant: str) -> LlamaForCausalLM:
         **VARIANTS[variant],
     }
     torch.manual_seed(0)
-    oracle = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    oracle = (
+        MistralForCausalLM(MistralConfig(**settings))
+        if variant == "mistral"
+        else LlamaForCausalLM(LlamaConfig(**settings))
+    ).eval()
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
             # Large enough that attention is far from uniform, and no norm or bias is at its default.
@@ -111,9 +116,10 @@ def model_config(config: LlamaConfig) -> ModelConfig:
         rms_norm_eps=config.rms_norm_eps,
         rope=rope_config(config),
         tie_word_embeddings=config.tie_word_embeddings,
-        attention_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
+        attention_bias=getattr(config, "attention_bias", False),
+        mlp_bias=getattr(config, "mlp_bias", False),
         dtype="float32",
+        sliding_window=getattr(config, "sliding_window", None),
     )
 
 

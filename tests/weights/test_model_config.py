@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -194,12 +195,21 @@ def test_dtype_in_both_spellings(given: dict[str, str], dtype: str) -> None:
     assert ModelConfig.from_hf(config | given).dtype == dtype
 
 
-def test_mistral_without_a_sliding_window_is_a_llama() -> None:
+def test_mistral_is_a_llama_with_a_sliding_window() -> None:
     mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    assert ModelConfig.from_hf(mistral | {"sliding_window": None}) == ModelConfig.from_hf(LLAMA)
-    for window in ({}, {"sliding_window": 4096}):
-        with pytest.raises(ModelLoadError, match=r"sliding_window must be null \(none\), got 4096"):
-            ModelConfig.from_hf(mistral | window)
+    llama = ModelConfig.from_hf(LLAMA)
+    assert llama.sliding_window is None
+    assert ModelConfig.from_hf(mistral | {"sliding_window": None}) == llama
+    for field, window in (({}, 4096), ({"sliding_window": 4096}, 4096), ({"sliding_window": 7}, 7)):
+        assert ModelConfig.from_hf(mistral | field) == dataclasses.replace(llama, sliding_window=window)
+    assert ModelConfig.from_hf(LLAMA | {"sliding_window": 7}) == llama  # as transformers: not its field
+
+
+@pytest.mark.parametrize("window", [0, -1, 4096.0, "4096", True])
+def test_bad_sliding_windows_are_refused(window: Any) -> None:
+    mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    with pytest.raises(ModelLoadError, match=r"sliding_window must be an integer from 1"):
+        ModelConfig.from_hf(mistral | {"sliding_window": window})
 
 
 @pytest.mark.parametrize(
