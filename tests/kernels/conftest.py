@@ -11,7 +11,7 @@ import pytest
 import torch
 from minivllm_kernels import KernelBackend, available_backends, get_backend
 
-from tests.kernels.triton_casts import round_as_the_hardware_does
+from tests.kernels.triton_interpreter import patch_interpreter
 
 BACKENDS = [(name, "cpu") for name in available_backends("cpu")]
 """Name of each backend that this machine can run, and the type of device that its tensors live on."""
@@ -48,7 +48,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if not backend.is_slow:
         yield backend
         return
-    round_as_the_hardware_does()
+    patch_interpreter()
     with np.errstate(all="ignore"):  # it computes with NumPy, on masked lanes too
         yield backend
 

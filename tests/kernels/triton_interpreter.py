@@ -6,11 +6,21 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
+
+_TORCH_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8e4nv": torch.float8_e4m3fn,
+    "fp8e5": torch.float8_e5m2,
+}
 
 
 @cache
 def patch_interpreter() -> None:
-    """Loop bounds that a kernel computed, and products of bfloat16."""
+    """Loop bounds that a kernel computed, products of bfloat16, and conversions that round as a GPU does."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -34,3 +44,14 @@ def patch_interpreter() -> None:
 
     module._patch_lang_tensor = patch_index
     module.InterpreterBuilder.create_dot = dot
+    # It cuts float32 off on the way to bfloat16, and loses a carry on the way to float8.
+    module._convert_float = _round_to_nearest
+
+
+def _round_to_nearest(values: np.ndarray, from_dtype: Any, to_dtype: Any, rounding_mode: Any) -> np.ndarray:
+    """Ties to even, by torch's own conversions. Both arrays hold bits: NumPy has no bfloat16 or float8."""
+    bits = torch.from_numpy(np.ascontiguousarray(values).view(f"i{values.itemsize}").reshape(-1))
+    converted = bits.view(_TORCH_DTYPES[from_dtype.name]).to(_TORCH_DTYPES[to_dtype.name])
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[converted.element_size()]
+    result = converted.view(integer).numpy()
+    return result.view(f"u{result.itemsize}").reshape(values.shape)
