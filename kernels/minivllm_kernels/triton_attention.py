@@ -274,7 +274,9 @@ def choose_tile(
         keys = max(16, min(64, 8192 // padded_dim // (2 if is_float32 else 1)))
     else:
         rows = max(128 if padded_dim <= 128 else 64, triton.next_power_of_2(group))
-        needs_room = padded_dim > 128 or (cache_dtype != dtype and capability < (9, 0))
+        # Before Hopper, converted keys and values take registers.
+        is_converted = cache_dtype != dtype and capability < (9, 0)
+        needs_room = padded_dim > (64 if is_converted else 128)
         keys = 32 if needs_room else 64
     num_warps = 8 if rows >= 128 or rows * padded_dim > 128 * 64 else 4
     # The table is a load before the load. Three stages bring a tile's keys and values when the one before is
