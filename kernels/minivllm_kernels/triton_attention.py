@@ -274,11 +274,16 @@ def choose_tile(
         keys = max(16, min(64, 8192 // padded_dim // (2 if is_float32 else 1)))
     else:
         rows = max(128 if padded_dim <= 128 else 64, triton.next_power_of_2(group))
-        needs_room = padded_dim > 128 or (cache_dtype != dtype and capability < (9, 0))
+        # Before Hopper, converted keys and values take registers.
+        is_converted = cache_dtype != dtype and capability < (9, 0)
+        needs_room = padded_dim > (64 if is_converted else 128)
         keys = 32 if needs_room else 64
     num_warps = 8 if rows >= 128 or rows * padded_dim > 128 * 64 else 4
-    # Of a cache of 8 bits, twice as many tiles on their way are as many bytes.
-    num_stages = 5 if is_decode and cache_dtype.itemsize == 1 else 3
+    # The table is a load before the load. Three stages bring a tile's keys and values when the one before is
+    # done with, five while it is being worked on. Where shared memory is small, decodes are better off with
+    # more programs on each multiprocessor, and the widest heads don't fit twice.
+    fits_twice = capability >= (9, 0) or cache_dtype.itemsize == 1 or not (is_decode or padded_dim > 128)
+    num_stages = 5 if fits_twice and not is_float32 else 3
     return Tile(rows, 1 if is_decode else rows // group, keys, num_warps, num_stages)
 
 
@@ -293,7 +298,7 @@ def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
 
 def choose_num_splits(num_programs: int, max_keys: int, num_processors: int, is_decode: bool) -> int:
     """A power of two: as many as fill the card, each of at least so many keys that it is worth it."""
-    wanted = (4 if is_decode else 2) * num_processors // num_programs
+    wanted = (3 if is_decode else 2) * num_processors // num_programs
     possible = max_keys // (256 if is_decode else 1024)
     return 1 << (max(1, min(wanted, possible, _MAX_SPLITS)).bit_length() - 1)
 

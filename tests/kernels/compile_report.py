@@ -106,7 +106,7 @@ def all_cases() -> list[Case]:
         if "," not in call or (dtype, head_dim) == ("bfloat16", 128)
     ]
     for case in list(cases):
-        if case.call in ("decode", "prefill") and case.capability >= 89:
+        if case.call in ("decode", "prefill") and case.capability >= 89 and case.dtype == "bfloat16":
             cases.append(replace(case, cache_dtype="float8_e4m3fn"))
     return cases
 
