@@ -70,12 +70,13 @@ def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | None:
 
 def _round(run: Call) -> float:
     """Seconds on the device."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3
 
 
 def _on_cpu(calls: Sequence[Call], seconds: float) -> Timing:
