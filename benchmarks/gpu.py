@@ -28,6 +28,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
@@ -108,21 +109,24 @@ def main(argv: list[str]) -> int:
             engine={name: value for name, value in vars(parsed).items() if name in engine_names},
             deadline=begin + config.budget,
         )
-        results = run_parts(PARTS, setting, leave_out=leave_out, say=_say)
-    reached = targets(results if device == "cuda" and sizes is FULL else {})
-    report = {
-        "benchmark": {**asdict(config), "device": device, "engine": setting.engine},
-        "software": software(),
-        "card": card() if device == "cuda" else None,
-        "machine": machine.describe(),
-        "commit": machine.revision(ROOT),
-        "sizes": asdict(sizes),
-        "targets": reached,
-        "parts": results,
-        "seconds": round(time.monotonic() - begin, 1),
-    }
-    if config.output is not None:
-        Path(config.output).write_text(json.dumps(report, indent=1) + "\n")
+        report = {
+            "benchmark": {**asdict(config), "device": device, "engine": setting.engine},
+            "software": software(),
+            "card": card() if device == "cuda" else None,
+            "machine": machine.describe(),
+            "commit": machine.revision(ROOT),
+            "sizes": asdict(sizes),
+        }
+        results: dict[str, dict[str, Any]] = {}
+        for name, found in run_parts(PARTS, setting, leave_out=leave_out):
+            results[name] = found
+            outcome = next((word for word in ("skipped", "error", "cut") if word in found), "done")
+            _say(f"{name}: {outcome}, {time.monotonic() - begin:.0f} s since the start")
+            # The targets are a GPU's. Written after each part, so that an interrupted run leaves what it has.
+            reached = targets(results if device == "cuda" and sizes is FULL else {})
+            report |= {"targets": reached, "parts": results, "seconds": round(time.monotonic() - begin, 1)}
+            if config.output is not None:
+                Path(config.output).write_text(json.dumps(report, indent=1) + "\n")
     print(*summary.lines(results), "", *target_lines(reached), sep="\n", flush=True)
     return int(any("error" in found for found in results.values()))
 

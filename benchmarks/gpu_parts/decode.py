@@ -48,6 +48,8 @@ def steady_steps(bench: EngineBench, engine: Engine, users: int, context: int) -
     begun: set[str] = set()
     start = time.perf_counter()
     while len(begun) < users:
+        if not engine.has_work:
+            raise RuntimeError(f"the engine has nothing to do, though {len(begun)} of {users} have begun")
         begun |= {event.request_id for event in checked_step(engine)}
     prefill_seconds = time.perf_counter() - start
     for _ in range(WARM_UP_STEPS):

@@ -45,11 +45,20 @@ def load_random(config: EngineConfig) -> tuple[ModelFiles, Llama]:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         generator = torch.Generator(device).manual_seed(0)
         for name, shape in expected.items():
-            values = torch.randn(shape, generator=generator, device=device) * 0.02
-            yield name, values + 1 if name.endswith("norm.weight") else values
+            values = torch.randn(shape, generator=generator, device=device).mul_(0.02)
+            yield name, values.add_(1) if name.endswith("norm.weight") else values
 
     with mock.patch.object(startup, "check_and_iterate", weights):
-        return files, startup.load_model(config, files)
+        model = startup.load_model(config, files)
+    release()
+    return files, model
+
+
+def release() -> None:
+    """Give the memory of what nobody knows any more back to the device: the next engine takes what is free."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class EngineBench:
@@ -65,7 +74,7 @@ class EngineBench:
         self._request_ids = map(str, itertools.count())
 
     def make_engine(self, **settings: Any) -> tuple[Engine, Row]:
-        """An engine, and what there is to say about it. Only one at a time fits: see :meth:`release`."""
+        """An engine, and what there is to say about it. Only one at a time fits: see :func:`release`."""
         config = engine_config(self.setting, **settings)
         start = time.perf_counter()
         engine = startup.make_engine(config, self.files, self.model)
@@ -78,12 +87,6 @@ class EngineBench:
             "config": {k: v for k, v in asdict(config).items() if v is not None and k != "model"},
         }
         return engine, row
-
-    def release(self) -> None:
-        """Give an engine's memory back, once its last name is gone."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def add(self, engine: Engine, users: int, prompt_tokens: int, output_tokens: int) -> list[str]:
         """Queue so many random prompts, greedy, each to be answered with exactly so many tokens."""

@@ -29,6 +29,8 @@ def transformers_peer(setting: Setting) -> Iterator[tuple[str, Row]]:
         if run is generate_batch and setting.device == "cpu":
             yield skipped(name, "on a CPU it takes minutes to size its cache")
             continue
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()
         row: Row = {"name": name, "users": batch}
         try:
             prompts = torch.randint(3, sizes.model["vocab_size"], (batch, sizes.prompt_tokens))

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,8 @@ def run_parts(
     setting: Setting,
     *,
     leave_out: Mapping[str, str],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """All parts in their order; of each, its rows by section, and why there aren't more.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All parts in their order: of each, its name, its rows by section, and why there aren't more.
 
     Args:
         parts: name → part, and its share of the time, in any unit. Whatever a part leaves over goes to
@@ -40,24 +39,19 @@ def run_parts(
         setting: its deadline is everybody's.
         leave_out: name → reason.
     """
-    results: dict[str, Any] = {}
     shares = {name: share for name, (_, share) in parts.items() if name not in leave_out}
     for name, (part, _) in parts.items():
         if name in leave_out:
-            results[name] = {"skipped": leave_out[name]}
+            yield name, {"skipped": leave_out[name]}
             continue
         seconds = setting.seconds_left * shares[name] / sum(shares.values())
         del shares[name]
         if seconds < GRACE / 4:
-            results[name] = {"skipped": OUT_OF_TIME}
-            say(f"{name}: {OUT_OF_TIME}")
+            yield name, {"skipped": OUT_OF_TIME}
             continue
         begin = time.monotonic()
-        results[name] = run_part(part, replace(setting, deadline=begin + seconds))
-        outcome = next((word for word in ("error", "cut") if word in results[name]), "done")
-        results[name]["seconds"] = round(time.monotonic() - begin, 1)
-        say(f"{name}: {outcome} after {results[name]['seconds']} s")
-    return results
+        found = run_part(part, replace(setting, deadline=begin + seconds))
+        yield name, found | {"seconds": round(time.monotonic() - begin, 1)}
 
 
 def run_part(part: Part, setting: Setting) -> dict[str, Any]:

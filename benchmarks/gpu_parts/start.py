@@ -14,9 +14,8 @@ from gpu_parts.setting import Row, Setting
 
 
 def start(setting: Setting) -> Iterator[tuple[str, Row]]:
-    """With Triton's kernels compiled before; on CUDA, with none compiled, too."""
+    """With the kernels that Triton has compiled before; on CUDA, with none, too."""
     yield "starts", {"triton_cache": "as it is", **first_token(setting, {})}
-    yield "starts", {"triton_cache": "warm", **first_token(setting, {})}
     if setting.device == "cuda":
         with tempfile.TemporaryDirectory() as folder:
             row = first_token(setting, {"TRITON_CACHE_DIR": folder})

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from gpu_parts.engine import EngineBench, checked_step
+from gpu_parts.engine import EngineBench, checked_step, release
 from gpu_parts.setting import Row, Setting, skipped
 from minivllm.config import PRESETS
 from minivllm.engine.engine import Engine
@@ -41,7 +41,7 @@ def table(setting: Setting) -> Iterator[tuple[str, Row]]:
                 continue
             yield "runs", {"policy": policy, "users": users, **serve(bench, engine, users, seconds)}
         del engine
-        bench.release()
+        release()
 
 
 def serve(bench: EngineBench, engine: Engine, users: int, seconds: float) -> Row:
