@@ -1,7 +1,7 @@
 # make serve    set up, and serve the embedded model on http://127.0.0.1:8000
 # make install  the set-up alone
 # make test     set up with the test tools, and run the whole suite
-# make test-gpu the tests of the kernels and those that need an NVIDIA GPU, with the packages of $(PYTHON): no set-up
+# make test-gpu the kernels' tests, and those that need an NVIDIA GPU; with the packages of $(PYTHON), no set-up
 # make lint     ruff and mypy
 # make sanitize a second build of the C++ kernels, with GCC's AddressSanitizer and UBSan, and their tests
 #

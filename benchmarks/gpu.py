@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
             engine={name: value for name, value in vars(parsed).items() if name in engine_names},
             deadline=begin + config.budget,
         )
-        report = {
+        report: dict[str, Any] = {
             "benchmark": {**asdict(config), "device": device, "engine": setting.engine},
             "software": software(),
             "card": card() if device == "cuda" else None,

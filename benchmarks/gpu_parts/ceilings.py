@@ -13,16 +13,17 @@ from gpu_parts.timing import time_calls
 
 def copy_bandwidth(setting: Setting) -> float:
     """Bytes read and written per second by a large copy on the device."""
+    rate = 2 * setting.sizes.copy_bytes / _copy_seconds(setting)
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()  # an engine takes what is free
+    return rate
+
+
+def _copy_seconds(setting: Setting) -> float:
     device = torch.device(setting.device)
     source = torch.ones(setting.sizes.copy_bytes // 4, device=device)
-    target = torch.empty_like(source)
-    calls = [lambda: target.copy_(source)]
-    timing = time_calls(calls, device, setting.sizes.measure_seconds, as_graph=False)
-    calls.clear()
-    del source, target
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # an engine takes what is free
-    return 2 * setting.sizes.copy_bytes / timing.median
+    copy = partial(torch.empty_like(source).copy_, source)
+    return time_calls([copy], device, setting.sizes.measure_seconds, as_graph=False).median
 
 
 @torch.inference_mode()

@@ -55,7 +55,7 @@ def load_random(config: EngineConfig) -> tuple[ModelFiles, Llama]:
 
 
 def release() -> None:
-    """Give the memory of what nobody knows any more back to the device: the next engine takes what is free."""
+    """Give back the memory of what is gone: the next engine takes what the device has free."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
