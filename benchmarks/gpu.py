@@ -31,26 +31,27 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+# In this folder's place, whose kernels.py transformers would take for Hugging Face's package of that name.
+sys.path[:1] = [str(ROOT), str(ROOT / "kernels")]
 
 from minivllm.openmp import spin_briefly  # noqa: E402
 
 spin_briefly()
 
-import machine  # noqa: E402
 import torch  # noqa: E402
-from gpu_parts import summary  # noqa: E402
-from gpu_parts.ceilings import ceilings  # noqa: E402
-from gpu_parts.decode import decode  # noqa: E402
-from gpu_parts.kernels import kernels  # noqa: E402
-from gpu_parts.peer import transformers_peer  # noqa: E402
-from gpu_parts.running import run_parts  # noqa: E402
-from gpu_parts.setting import FULL, SHAPES, Part, Setting  # noqa: E402
-from gpu_parts.start import start  # noqa: E402
-from gpu_parts.table import table  # noqa: E402
-from gpu_parts.targets import lines as target_lines  # noqa: E402
-from gpu_parts.targets import targets  # noqa: E402
 
+from benchmarks import machine  # noqa: E402
+from benchmarks.gpu_parts import summary  # noqa: E402
+from benchmarks.gpu_parts.ceilings import ceilings  # noqa: E402
+from benchmarks.gpu_parts.decode import decode  # noqa: E402
+from benchmarks.gpu_parts.kernels import kernels  # noqa: E402
+from benchmarks.gpu_parts.peer import transformers_peer  # noqa: E402
+from benchmarks.gpu_parts.running import run_parts  # noqa: E402
+from benchmarks.gpu_parts.setting import FULL, SHAPES, Part, Setting  # noqa: E402
+from benchmarks.gpu_parts.start import start  # noqa: E402
+from benchmarks.gpu_parts.table import table  # noqa: E402
+from benchmarks.gpu_parts.targets import lines as target_lines  # noqa: E402
+from benchmarks.gpu_parts.targets import targets  # noqa: E402
 from minivllm.config import EngineConfig, option  # noqa: E402
 from minivllm.flags import Parser  # noqa: E402
 

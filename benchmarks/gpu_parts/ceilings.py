@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from gpu_parts.setting import Row, Setting
-from gpu_parts.timing import time_calls
+from benchmarks.gpu_parts.setting import Row, Setting
+from benchmarks.gpu_parts.timing import time_calls
 
 
 def copy_bandwidth(setting: Setting) -> float:

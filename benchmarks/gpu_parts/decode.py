@@ -11,11 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from gpu_parts.ceilings import copy_bandwidth
-from gpu_parts.engine import EngineBench, checked_step
-from gpu_parts.setting import Row, Setting, skipped
-from gpu_parts.step_profile import profile_steps
-from gpu_parts.timing import synchronize
+from benchmarks.gpu_parts.ceilings import copy_bandwidth
+from benchmarks.gpu_parts.engine import EngineBench, checked_step
+from benchmarks.gpu_parts.setting import Row, Setting, skipped
+from benchmarks.gpu_parts.step_profile import profile_steps
+from benchmarks.gpu_parts.timing import synchronize
 from minivllm.engine.engine import Engine
 
 WARM_UP_STEPS = 5

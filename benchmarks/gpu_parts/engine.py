@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from gpu_parts.setting import Row, Setting
+from benchmarks.gpu_parts.setting import Row, Setting
 from minivllm.config import EngineConfig
 from minivllm.engine import startup
 from minivllm.engine.engine import Engine

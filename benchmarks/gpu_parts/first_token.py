@@ -1,6 +1,6 @@
 """A process that starts an engine, answers one prompt with one token, and says when it did what.
 
-    python -m gpu_parts.first_token MODEL_FOLDER ENGINE_SETTINGS_AS_JSON
+    python -m benchmarks.gpu_parts.first_token MODEL_FOLDER ENGINE_SETTINGS_AS_JSON
 
 Prints the moments as JSON, on time.monotonic's clock.
 """
@@ -17,7 +17,7 @@ from minivllm.openmp import spin_briefly  # noqa: E402
 
 spin_briefly()
 
-from gpu_parts.engine import checked_step, load_random  # noqa: E402
+from benchmarks.gpu_parts.engine import checked_step, load_random  # noqa: E402
 from minivllm.config import EngineConfig  # noqa: E402
 from minivllm.engine.startup import make_engine  # noqa: E402
 from minivllm.request import SamplingParams  # noqa: E402

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from minivllm_kernels import BLOCK_SIZE, KernelBackend, get_backend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu_parts.ceilings import copy_bandwidth
-from gpu_parts.setting import Row, Setting, skipped
-from gpu_parts.timing import Call, time_calls
+from benchmarks.gpu_parts.ceilings import copy_bandwidth
+from benchmarks.gpu_parts.setting import Row, Setting, skipped
+from benchmarks.gpu_parts.timing import Call, time_calls
 
 MAX_INPUTS = 64
 POOL_SHARE = 0.6

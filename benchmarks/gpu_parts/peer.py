@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from gpu_parts.setting import Row, Setting, skipped
-from gpu_parts.timing import synchronize
+from benchmarks.gpu_parts.setting import Row, Setting, skipped
+from benchmarks.gpu_parts.timing import synchronize
 
 
 def transformers_peer(setting: Setting) -> Iterator[tuple[str, Row]]:

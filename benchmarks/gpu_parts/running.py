@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.setting import Part, Setting
+from benchmarks.gpu_parts.setting import Part, Setting
 
 GRACE = 8.0
 """Seconds between the moment when a part should stop and the one when it is killed."""

@@ -9,8 +9,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
-from gpu_parts.setting import Row, Setting
+from benchmarks.gpu_parts.setting import Row, Setting
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(setting: Setting) -> Iterator[tuple[str, Row]]:
@@ -25,7 +28,7 @@ def start(setting: Setting) -> Iterator[tuple[str, Row]]:
 def first_token(setting: Setting, environment: dict[str, str]) -> Row:
     """Seconds since the process was started, by stage."""
     settings = {"device": setting.device, "max_model_len": setting.sizes.max_model_len} | setting.engine
-    command = [sys.executable, "-m", "gpu_parts.first_token", setting.folder, json.dumps(settings)]
+    command = [sys.executable, "-m", "benchmarks.gpu_parts.first_token", setting.folder, json.dumps(settings)]
     begin = time.monotonic()
     result = subprocess.run(
         command,
@@ -33,6 +36,7 @@ def first_token(setting: Setting, environment: dict[str, str]) -> Row:
         text=True,
         check=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        cwd=ROOT,
         timeout=max(setting.seconds_left, 1.0),
     )
     moments = json.loads(result.stdout.splitlines()[-1])

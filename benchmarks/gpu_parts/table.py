@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from gpu_parts.engine import EngineBench, checked_step, release
-from gpu_parts.setting import Row, Setting, skipped
+from benchmarks.gpu_parts.engine import EngineBench, checked_step, release
+from benchmarks.gpu_parts.setting import Row, Setting, skipped
 from minivllm.config import PRESETS
 from minivllm.engine.engine import Engine
 

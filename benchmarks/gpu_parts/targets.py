@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from gpu_parts.setting import Row
+from benchmarks.gpu_parts.setting import Row
 
 MIN_BATCH, MIN_CONTEXT = 16, 2048
 """From here on decode attention has enough to read to be measured against the bandwidth."""
