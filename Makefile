@@ -1,6 +1,7 @@
 # make serve    set up, and serve the embedded model on http://127.0.0.1:8000
 # make install  the set-up alone
 # make test     set up with the test tools, and run the whole suite
+# make test-gpu the kernels' tests, and those that need an NVIDIA GPU; with the packages of $(PYTHON), no set-up
 # make lint     ruff and mypy
 # make sanitize a second build of the C++ kernels, with GCC's AddressSanitizer and UBSan, and their tests
 #
@@ -17,7 +18,7 @@ SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-wrapv -fn
 PRELOAD = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(name)))
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve install test lint sanitize
+.PHONY: serve install test test-gpu lint sanitize
 
 serve: install
 	@.venv/bin/minivllm serve $(ARGS)
@@ -26,6 +27,10 @@ install: .venv/installed
 
 test: .venv/installed-test
 	.venv/bin/python -m pytest $(ARGS)
+
+# Needs torch, triton, transformers, safetensors, tokenizers, numpy, pytest and hypothesis.
+test-gpu:
+	$(PYTHON) -m pytest tests/kernels tests/gpu $(ARGS)
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .
