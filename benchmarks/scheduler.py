@@ -5,9 +5,9 @@
 That many sequences run in steady decode over a paged pool with its prefix cache, their lengths spread
 so that one in sixteen needs a new block at each step. Tokens are made up; nothing else is fake:
 
-    schedule   Scheduler.schedule: who runs, and new blocks
+    schedule   Scheduler.schedule: who runs, new blocks, full ones hashed
     build      FlatBatch.build: the step's tensors, on the CPU
-    update     Scheduler.update: tokens appended, full blocks hashed, events made
+    update     Scheduler.advance and update: tokens put in their places, events made
 
 Times are the thread's own CPU time: what others do on the machine in between isn't counted.
 """
@@ -100,6 +100,7 @@ class SteadyDecode:
             SampledToken(token) for token in itertools.islice(self.tokens, len(batch.requests))
         ]
         start = time.thread_time()
+        self.scheduler.advance(batch)
         self.scheduler.update(batch, sampled)
         times.update.append(time.thread_time() - start)
         times.schedule.append(moments[1] - moments[0])

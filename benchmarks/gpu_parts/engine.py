@@ -6,10 +6,8 @@ import gc
 import itertools
 import random
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -33,23 +31,9 @@ def engine_config(setting: Setting, **settings: Any) -> EngineConfig:
 
 
 def load_random(config: EngineConfig) -> tuple[ModelFiles, Llama]:
-    """A model of the configuration's shape with random weights, made on its device.
-
-    The loader's own dummy weights come from one CPU generator: minutes for eight billion.
-    """
+    """A model of the configuration's shape with random weights."""
     files = resolve_model(config.model, load_format="dummy")
-    device = "cuda" if config.device == "cuda" else "cpu"
-
-    def weights(
-        files: ModelFiles, expected: Mapping[str, tuple[int, ...]], *_: object
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        generator = torch.Generator(device).manual_seed(0)
-        for name, shape in expected.items():
-            values = torch.randn(shape, generator=generator, device=device).mul_(0.02)
-            yield name, values.add_(1) if name.endswith("norm.weight") else values
-
-    with mock.patch.object(startup, "check_and_iterate", weights):
-        model = startup.load_model(config, files)
+    model = startup.load_model(config, files)
     release()
     return files, model
 
