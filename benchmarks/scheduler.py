@@ -113,6 +113,7 @@ def measure(num_sequences: int, context: int, num_steps: int) -> dict[str, dict[
     for _ in range(WARM_UP_STEPS):
         bench.step(Times())
     gc.collect()
+    gc.freeze()  # as the engine process does when it is up
     times = Times()
     for _ in range(num_steps):
         bench.step(times)

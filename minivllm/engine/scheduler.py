@@ -17,28 +17,31 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from minivllm.engine.block_manager import BlockManager
 from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, Request, TokenLogprob
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, init=False)
 class ScheduledRequest:
     """``num_tokens`` uncomputed tokens of one request go through the model in this step."""
 
     request: Request
     num_tokens: int
-    start: int = field(init=False)
+    start: int
     """Position of the first of them."""
-    is_sampled: bool = field(init=False)
+    is_sampled: bool
     """Whether these are the sequence's last tokens, so that the next one is sampled."""
-    prompt_logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None
     """From the runner, where asked for: how likely the prompt's tokens are that come after these."""
 
-    def __post_init__(self) -> None:
-        self.start = self.request.num_computed_tokens
-        self.is_sampled = self.start + self.num_tokens == len(self.request.token_ids)
+    def __init__(self, request: Request, num_tokens: int) -> None:
+        self.request = request
+        self.num_tokens = num_tokens
+        self.start = request.num_computed_tokens
+        self.is_sampled = self.start + num_tokens == len(request.token_ids)
+        self.prompt_logprobs = None
 
 
 @dataclass(frozen=True, slots=True)
