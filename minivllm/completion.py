@@ -29,15 +29,17 @@ class CompletionDelta:
     """One for each of ``token_ids``, where asked for."""
     finish_reason: FinishReason | None
     """Set in the last delta."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """In the first delta, where asked for: one for each token of the prompt but the first."""
 
 
 class CompletionStream:
     """Collects one completion, event by event.
 
-    The text ends before the first stop string, wherever token edges lie; ``token_ids`` and
-    ``logprobs`` include the token that completed it. A stop string counts only if it begins in text
-    that appeared after the first ``min_tokens`` tokens. The token with which the engine itself
-    stopped (end of turn, a stop id) is in ``token_ids`` and shows no text.
+    The text ends before the first stop string (after it, where it is to be shown), wherever token edges
+    lie; ``token_ids`` and ``logprobs`` include the token that completed it. A stop string counts only if
+    it begins in text that appeared after the first ``min_tokens`` tokens. The token with which the engine
+    itself stopped (end of turn, a stop id) is in ``token_ids`` and shows no text.
     """
 
     def __init__(
@@ -50,8 +52,11 @@ class CompletionStream:
         self.needs_abort = False
         """A stop string was found while the engine goes on: the caller must abort the request there."""
         self._min_tokens = sampling.min_tokens
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids)
-        self._matcher = StopStringMatcher(sampling.stop)
+        self._shows_stop = sampling.include_stop_str_in_output
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
+        )
+        self._matcher = StopStringMatcher(sampling.stop, shows_stop=self._shows_stop)
         self._texts: list[str] = []  # not in the output yet: joining at every token would be quadratic
         self._output = CompletionOutput(
             index=index,
@@ -84,7 +89,8 @@ class CompletionStream:
 
         texts: list[str] = []
         num_tokens = 0
-        hidden = 1 if event.finish_reason is FinishReason.STOP else 0  # its last token is the stop itself
+        # Where the engine stopped, the last token is the stop itself.
+        hidden = 1 if event.finish_reason is FinishReason.STOP and not self._shows_stop else 0
         for position, token_id in enumerate(event.new_token_ids):
             num_tokens += 1
             if position < len(event.new_token_ids) - hidden:
@@ -107,7 +113,15 @@ class CompletionStream:
             self._output.logprobs.extend(logprobs)
         text = "".join(texts)
         self._texts.append(text)
-        return CompletionDelta(text, event.new_token_ids[:num_tokens], logprobs, self._output.finish_reason)
+        if event.prompt_logprobs is not None:
+            self._output.prompt_logprobs = event.prompt_logprobs
+        return CompletionDelta(
+            text,
+            event.new_token_ids[:num_tokens],
+            logprobs,
+            self._output.finish_reason,
+            event.prompt_logprobs,
+        )
 
     def _show(self, text: str, num_tokens_before: int) -> str:
         """What of newly decoded text can be shown now; the first ``min_tokens`` tokens' always can."""

@@ -201,6 +201,8 @@ class Request:
     """Of this request's random stream: ``sampling.seed``, or drawn by the engine."""
     max_total_tokens: int
     """Prompt and output together end here."""
+    priority: int = 0
+    """The lower, the sooner it is admitted."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     token_ids: list[int] = field(default_factory=list)
@@ -249,11 +251,11 @@ class EngineEvent:
     new_token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
     """One for each new token, where the request asked for them."""
-    prompt_logprobs: list[TokenLogprob] | None = None
-    """In a request's first event, where it asked for them: one for each token of its prompt but the first."""
     finish_reason: FinishReason | None = None
     error: str | None = None
     metrics: RequestMetrics | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """In a request's first event, where it asked for them: one for each token of its prompt but the first."""
 
 
 @dataclass(slots=True)
@@ -266,6 +268,8 @@ class CompletionOutput:
     finish_reason: FinishReason | None
     logprobs: list[TokenLogprob] | None
     metrics: RequestMetrics
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Where asked for: one for each token of the prompt but the first."""
 
 
 @dataclass(slots=True)

@@ -87,8 +87,12 @@ class Engine:
         """Whether :meth:`step` would do anything."""
         return self.scheduler.has_work or bool(self._in_flight)
 
-    def add(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams) -> None:
+    def add(
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, *, priority: int = 0
+    ) -> None:
         """Queue a request that :func:`minivllm.request.check_request` has let through.
+
+        Of those that wait, the one of the lowest ``priority`` is admitted first.
 
         Raises:
             InvalidRequestError: the id is taken, or the sequence could never fit into the KV pool.
@@ -109,6 +113,7 @@ class Engine:
             sampling,
             seed=self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed,
             max_total_tokens=max_total_tokens,
+            priority=priority,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
         )
         self._requests[request_id] = request

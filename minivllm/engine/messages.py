@@ -13,6 +13,7 @@ class AddRequest(msgspec.Struct, tag=True):
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    priority: int = 0
 
 
 class AbortRequest(msgspec.Struct, tag=True):

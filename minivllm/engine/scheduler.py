@@ -8,8 +8,8 @@ and computed again later (Kwon et al. 2023, section 4.5: recomputation).
 A step's life is schedule → execute → advance → update. On a GPU the next step is scheduled between
 the last two: a sequence then ends in :data:`PENDING_TOKEN` until ``update`` brings its token.
 
-Admission is first come, first served. To try another policy, subclass :class:`Scheduler` and
-override :meth:`~Scheduler.may_admit`, or :meth:`~Scheduler.schedule` as a whole.
+Admission is first come, first served among requests of one priority. To try another policy, subclass
+:class:`Scheduler` and override :meth:`~Scheduler.may_admit`, or :meth:`~Scheduler.schedule` as a whole.
 """
 
 from __future__ import annotations
@@ -107,8 +107,11 @@ class Scheduler(ABC):
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """Put a new request at the end of the queue."""
-        self.waiting.append(request)
+        """Put a new request at the end of the queue, or before those of a higher ``priority`` number."""
+        position = len(self.waiting)
+        while position > 0 and self.waiting[position - 1].priority > request.priority:
+            position -= 1
+        self.waiting.insert(position, request)
 
     def abort(self, request: Request) -> EngineEvent:
         """End a waiting or running request now; its blocks are free when this returns."""
@@ -256,14 +259,7 @@ class Scheduler(ABC):
             self.waiting.remove(request)
         request.is_finished = True
         request.metrics.finished_time = time.monotonic()
-        return EngineEvent(
-            request.request_id,
-            new_token_ids,
-            logprobs,
-            finish_reason=reason,
-            error=error,
-            metrics=request.metrics,
-        )
+        return EngineEvent(request.request_id, new_token_ids, logprobs, reason, error, request.metrics)
 
 
 class ContinuousScheduler(Scheduler):

@@ -24,7 +24,7 @@ class Engine(Protocol):
         """Whether requests can still be served."""
 
     def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
     ) -> AsyncGenerator[EngineEvent, None]:
         """A request's events, the last with its finish reason; closing it early aborts the request."""
 

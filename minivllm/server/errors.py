@@ -28,6 +28,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "string_type": "a string",
     "list_type": "a list",
+    "dict_type": "an object",
     "model_type": "an object",
     "model_attributes_type": "an object",
     "literal_error": "one of {expected}",

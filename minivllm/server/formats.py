@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Protocol
+from typing import Any, Protocol
 
 from minivllm.request import TokenLogprob
-from minivllm.server.logprobs import TextOffsets, chat_logprobs, completion_logprobs
+from minivllm.server.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs
 from minivllm.server.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -18,7 +18,8 @@ from minivllm.server.responses import (
 )
 from minivllm.tokenizer.tokenizer import Tokenizer
 
-Logprobs = list[TokenLogprob] | None
+Logprobs = list[TokenLogprob | int] | None
+"""A bare token id: nothing is known of it."""
 Choice = CompletionChoice | ChatChoice | ChatChunkChoice
 
 
@@ -41,6 +42,9 @@ class Format(Protocol):
     def closing(self, index: int, finish_reason: StopReason) -> Choice:
         """What an answer's stream ends with."""
 
+    def add_prompt_logprobs(self, content: dict[str, Any], found: list[list[TokenLogprob]]) -> None:
+        """Put the prompts' own log probabilities into a whole answer; ``found`` has one list a sample."""
+
 
 class CompletionFormat:
     """``/v1/completions``, where a piece of an answer looks like a whole one."""
@@ -48,9 +52,11 @@ class CompletionFormat:
     id_prefix = "cmpl-"
     object_name = chunk_object_name = "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._offsets: defaultdict[int, TextOffsets] = defaultdict(lambda: TextOffsets(tokenizer))
+        self._offsets: defaultdict[int, TextOffsets] = defaultdict(
+            lambda: TextOffsets(tokenizer, skip_special_tokens=skip_special_tokens)
+        )
 
     def choice(
         self, index: int, text: str, logprobs: Logprobs, finish_reason: StopReason | None
@@ -73,6 +79,12 @@ class CompletionFormat:
     def closing(self, index: int, finish_reason: StopReason) -> CompletionChoice:
         """See :class:`Format`."""
         return self.choice(index, "", None, finish_reason)
+
+    def add_prompt_logprobs(self, content: dict[str, Any], found: list[list[TokenLogprob]]) -> None:
+        """Into each choice."""
+        per_choice = len(found) // len(content["choices"])
+        for choice, entries in zip(content["choices"], found[::per_choice], strict=True):
+            choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, entries)
 
     def _logprobs(self, index: int, logprobs: Logprobs) -> CompletionLogprobs | None:
         if logprobs is None:
@@ -113,5 +125,12 @@ class ChatFormat:
         """See :class:`Format`."""
         return {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
 
+    def add_prompt_logprobs(self, content: dict[str, Any], found: list[list[TokenLogprob]]) -> None:
+        """Beside the choices, which have one prompt."""
+        content["prompt_logprobs"] = prompt_logprobs(self._tokenizer, found[0])
+
     def _logprobs(self, logprobs: Logprobs) -> ChatLogprobs | None:
-        return None if logprobs is None else chat_logprobs(self._tokenizer, logprobs)
+        if logprobs is None:
+            return None
+        known = [entry for entry in logprobs if not isinstance(entry, int)]  # all: a chat echoes nothing
+        return chat_logprobs(self._tokenizer, known)

@@ -50,15 +50,17 @@ def make_samples(
 
 
 async def run_samples(
-    context: ServerContext, samples: list[Sample], on_delta: OnDelta | None = None
+    context: ServerContext, samples: list[Sample], priority: int, on_delta: OnDelta | None = None
 ) -> list[CompletionOutput]:
     """Run all samples at once; when one fails, or this is cancelled, the others are aborted."""
-    return await run_all(_run_sample(context, sample, on_delta) for sample in samples)
+    return await run_all(_run_sample(context, sample, priority, on_delta) for sample in samples)
 
 
-async def _run_sample(context: ServerContext, sample: Sample, on_delta: OnDelta | None) -> CompletionOutput:
+async def _run_sample(
+    context: ServerContext, sample: Sample, priority: int, on_delta: OnDelta | None
+) -> CompletionOutput:
     stream = CompletionStream(context.tokenizer, sample.prompt_token_ids, sample.sampling, sample.index)
-    events = context.engine.generate(sample.request_id, sample.prompt_token_ids, sample.sampling)
+    events = context.engine.generate(sample.request_id, sample.prompt_token_ids, sample.sampling, priority)
     async with contextlib.aclosing(events):
         async for event in events:
             if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):

@@ -5,7 +5,13 @@ from __future__ import annotations
 import codecs
 
 from minivllm.request import TokenLogprob
-from minivllm.server.responses import ChatLogprobs, CompletionLogprobs, TopLogprob
+from minivllm.server.responses import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    TopLogprob,
+)
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0
@@ -18,38 +24,70 @@ class TextOffsets:
     A character's bytes may be spread over several tokens, so bytes are counted as UTF-8 decodes them.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = 0
 
     def add(self, token_id: int) -> int:
         """The place of the answer's next token."""
         offset = self._offset
-        self._offset += len(self._decoder.decode(self._tokenizer.join_bytes([token_id])))
+        data = self._tokenizer.join_bytes([token_id], skip_special_tokens=self._skip_special_tokens)
+        self._offset += len(self._decoder.decode(data))
         return offset
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, logprobs: list[TokenLogprob], offsets: TextOffsets
+    tokenizer: Tokenizer, logprobs: list[TokenLogprob | int], offsets: TextOffsets
 ) -> CompletionLogprobs:
     """As in ``/v1/completions``. ``offsets`` has seen the answer's earlier tokens.
 
-    The sampled token is among its ``top_logprobs`` even where it isn't among the most likely.
+    A token is among its ``top_logprobs`` even where it isn't among the most likely. A bare token id is
+    one of which nothing is known.
     """
-    top_logprobs: list[dict[str, float]] = []
+    token_ids = [entry if isinstance(entry, int) else entry.token_id for entry in logprobs]
+    top_logprobs: list[dict[str, float] | None] = []
     for entry in logprobs:
+        if isinstance(entry, int):
+            top_logprobs.append(None)
+            continue
         top: dict[str, float] = {}
         for token_id, logprob in [*entry.top, (entry.token_id, entry.logprob)]:
             # Pieces of characters may share a text: the most likely one keeps it.
             top.setdefault(tokenizer.token_to_text(token_id), max(logprob, MIN_LOGPROB))
         top_logprobs.append(top)
     return {
-        "tokens": [tokenizer.token_to_text(entry.token_id) for entry in logprobs],
-        "token_logprobs": [max(entry.logprob, MIN_LOGPROB) for entry in logprobs],
+        "tokens": [tokenizer.token_to_text(token_id) for token_id in token_ids],
+        "token_logprobs": [
+            None if isinstance(entry, int) else max(entry.logprob, MIN_LOGPROB) for entry in logprobs
+        ],
         "top_logprobs": top_logprobs,
-        "text_offset": [offsets.add(entry.token_id) for entry in logprobs],
+        "text_offset": [offsets.add(token_id) for token_id in token_ids],
     }
+
+
+def prompt_logprobs(tokenizer: Tokenizer, logprobs: list[TokenLogprob]) -> PromptLogprobs:
+    """As vLLM words a prompt's; ``logprobs`` has none for the prompt's first token."""
+
+    def describe(token_id: int, logprob: float, rank: int | None) -> PromptLogprob:
+        return {
+            "logprob": max(logprob, MIN_LOGPROB),
+            "rank": rank,
+            "decoded_token": tokenizer.token_to_text(token_id),
+        }
+
+    return [
+        None,
+        *(
+            {str(entry.token_id): describe(entry.token_id, entry.logprob, entry.rank)}
+            | {
+                str(token_id): describe(token_id, value, n)
+                for n, (token_id, value) in enumerate(entry.top, 1)
+            }
+            for entry in logprobs
+        ),
+    ]
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: list[TokenLogprob]) -> ChatLogprobs:

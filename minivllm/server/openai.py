@@ -2,30 +2,28 @@
 
 build prompts → check them → run samples → word the answer, whole or as a stream.
 
-They differ in the first step and in the wording (``formats.py``).
+They differ in the first step and in the wording (``formats.py``); ``answer.py`` is the last step.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from minivllm.completion import CompletionDelta
 from minivllm.errors import InvalidRequestError
-from minivllm.request import CompletionOutput, FinishReason
+from minivllm.request import SamplingParams
+from minivllm.server.answer import Answer
 from minivllm.server.body import JsonRoute
 from minivllm.server.context import ServerContext
-from minivllm.server.formats import ChatFormat, Choice, CompletionFormat, Format
-from minivllm.server.generation import Sample, make_samples, run_samples
+from minivllm.server.formats import ChatFormat, CompletionFormat, Format
+from minivllm.server.generation import Sample, make_samples
 from minivllm.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from minivllm.server.responses import ChatCompletion, Completion, Model, ModelList, StopReason, Usage
-from minivllm.server.streaming import Emit, EventStream, run_until_disconnect
+from minivllm.server.responses import ChatCompletion, Completion, Model, ModelList
+from minivllm.server.streaming import EventStream, run_until_disconnect
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number: nobody is left to read it but the access log
 
@@ -55,15 +53,20 @@ def openai_router(context: ServerContext) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         def encode() -> list[list[int]]:
             return [
-                tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts
+                tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+                if isinstance(prompt, str)
+                else prompt
+                for prompt in body.prompts
             ]
 
-        return await _generate(context, request, body, encode, CompletionFormat(tokenizer))
+        wording = CompletionFormat(tokenizer, skip_special_tokens=body.skip_special_tokens is not False)
+        return await _generate(context, request, body, encode, wording)
 
     @router.post("/chat/completions", response_model=ChatCompletion)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         def encode() -> list[list[int]]:
-            return [tokenizer.encode_chat([message.for_template() for message in body.messages])]
+            messages = [message.for_template() for message in body.messages]
+            return [tokenizer.encode_chat(messages, **body.template_options)]
 
         return await _generate(context, request, body, encode, ChatFormat(tokenizer))
 
@@ -80,86 +83,23 @@ async def _generate(
     """Answer ``body``, for as long as the client is there. ``encode`` makes the prompts' token ids."""
     context.check_ready()
     context.check_model(body.model)
-    sampling = body.sampling_params()
     answer_id = wording.id_prefix + uuid.uuid4().hex
 
-    def make() -> list[Sample]:
-        return make_samples(answer_id, encode(), sampling, body.default_max_tokens, context.engine.info)
+    def make(sampling: SamplingParams) -> list[Sample]:
+        prompts = encode()
+        if body.truncate_prompt_tokens is not None:
+            prompts = [prompt[-body.truncate_prompt_tokens :] for prompt in prompts]
+        return make_samples(answer_id, prompts, sampling, body.default_max_tokens, context.engine.info)
 
     try:
         # In a thread: a long prompt takes a while, and other clients' streams must not wait for it.
-        samples = await asyncio.to_thread(make)
+        sampling = body.sampling_params()
+        samples = await asyncio.to_thread(make, sampling)
     except InvalidRequestError as error:
         error.param = body.given_name(error.param)
         raise
-    prompt_tokens = sum(len(sample.prompt_token_ids) for sample in samples[:: sampling.n])
-    answer = _Answer(context, answer_id, wording, samples, prompt_tokens, body.include_usage)
+    answer = Answer(context, body, answer_id, wording, samples, sampling.n)
     if body.stream:
         return EventStream(answer.stream)
     content = await run_until_disconnect(request.receive, answer.whole())
     return Response(status_code=CLIENT_CLOSED_REQUEST) if content is None else JSONResponse(content)
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """The answer to one HTTP request, to be given whole or as a stream."""
-
-    context: ServerContext
-    id: str
-    wording: Format
-    samples: list[Sample]
-    prompt_tokens: int
-    include_usage: bool
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    async def whole(self) -> dict[str, object]:
-        """Run all samples, then word them."""
-        outputs = await run_samples(self.context, self.samples)
-        choices = [
-            self.wording.choice(o.index, o.text, o.logprobs, _stop_reason(o.finish_reason)) for o in outputs
-        ]
-        return self._envelope(self.wording.object_name, choices) | {"usage": self._usage(outputs)}
-
-    async def stream(self, emit: Emit) -> None:
-        """Run all samples, wording each piece as it comes."""
-
-        async def emit_chunk(choices: list[Choice], usage: Usage | None = None) -> None:
-            chunk = self._envelope(self.wording.chunk_object_name, choices)
-            await emit(chunk | {"usage": usage} if self.include_usage else chunk)
-
-        async def on_delta(index: int, delta: CompletionDelta) -> None:
-            # No text yet: half a character, or what may become a stop string.
-            if delta.text or delta.logprobs:
-                await emit_chunk([self.wording.chunk_choice(index, delta.text, delta.logprobs)])
-            if delta.finish_reason is not None:
-                await emit_chunk([self.wording.closing(index, _stop_reason(delta.finish_reason))])
-
-        for sample in self.samples:
-            opening = self.wording.opening(sample.index)
-            if opening is not None:
-                await emit_chunk([opening])
-        outputs = await run_samples(self.context, self.samples, on_delta)
-        if self.include_usage:
-            await emit_chunk([], self._usage(outputs))
-
-    def _envelope(self, object_name: str, choices: list[Choice]) -> dict[str, object]:
-        return {
-            "id": self.id,
-            "object": object_name,
-            "created": self.created,
-            "model": self.context.model_name,
-            "choices": choices,
-        }
-
-    def _usage(self, outputs: list[CompletionOutput]) -> Usage:
-        completion_tokens = sum(len(output.token_ids) for output in outputs)
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": self.prompt_tokens + completion_tokens,
-        }
-
-
-def _stop_reason(reason: FinishReason | None) -> StopReason:
-    """OpenAI's word for it. Requests that were aborted or failed have no answer to word."""
-    return "length" if reason is FinishReason.LENGTH else "stop"

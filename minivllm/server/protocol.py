@@ -9,6 +9,7 @@ not given, as clients send nulls for what they leave open. Ranges of sampling fi
 from __future__ import annotations
 
 import difflib
+import reprlib
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -31,7 +32,7 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     unsupported: ClassVar[frozenset[str]] = frozenset()
-    """Fields that clients of OpenAI or vLLM may know, but that have no effect here yet."""
+    """Fields that clients of OpenAI or vLLM may know, but that are refused here."""
 
     @model_validator(mode="before")
     @classmethod
@@ -41,7 +42,7 @@ class StrictModel(BaseModel):
         given = {name: value for name, value in data.items() if value is not None}
         for name in given:
             if name in cls.unsupported:
-                raise InvalidRequestError(f"{name!r} is not supported yet", param=name)
+                raise InvalidRequestError(f"{name!r} is not supported", param=name)
             if name not in cls.model_fields:
                 name = name[:80]
                 nearest = difflib.get_close_matches(name, cls.model_fields, n=1)
@@ -92,9 +93,11 @@ Stop = Annotated[
 class StreamOptions(StrictModel):
     """What a stream carries besides the answer."""
 
-    unsupported = frozenset({"continuous_usage_stats", "include_obfuscation"})
-
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Whether every chunk counts the tokens so far, not the last one alone."""
+    include_obfuscation: Literal[False] = False
+    """Padding against eavesdroppers who measure: there is none."""
 
 
 class GenerationRequest(StrictModel):
@@ -103,16 +106,7 @@ class GenerationRequest(StrictModel):
     unsupported = frozenset(
         {
             # OpenAI's
-            "logit_bias",
-            "metadata",
-            "prompt_cache_key",
-            "prompt_cache_retention",
-            "safety_identifier",
-            "service_tier",
-            "store",
-            "user",
             # vLLM's
-            "add_special_tokens",
             "allowed_token_ids",
             "bad_words",
             "cache_salt",
@@ -123,22 +117,17 @@ class GenerationRequest(StrictModel):
             "guided_grammar",
             "guided_json",
             "guided_regex",
-            "include_stop_str_in_output",
             "kv_transfer_params",
             "length_penalty",
             "logits_processors",
             "min_tokens_to_keep",
-            "priority",
-            "prompt_logprobs",
             "repetition_detection",
             "request_id",
             "response_format",
             "return_token_ids",
             "return_tokens_as_token_ids",
-            "skip_special_tokens",
             "spaces_between_special_tokens",
             "structured_outputs",
-            "truncate_prompt_tokens",
             "use_beam_search",
             "vllm_xargs",
         }
@@ -160,28 +149,69 @@ class GenerationRequest(StrictModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: Int | None = None
+    logit_bias: dict[str, float] | None = None
+    """By token id."""
     stop: Stop | None = None
     stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: Int | None = None
+    truncate_prompt_tokens: Annotated[Int, Field(ge=1)] | None = None
+    """Keep only so many tokens of a prompt, the last ones."""
+    add_special_tokens: bool | None = None
+    """Left out: only to a prompt, as a chat template writes its own."""
+    priority: Int = 0
+    """The lower, the sooner a request leaves the queue."""
     stream: bool = False
     stream_options: StreamOptions | None = None
 
+    # OpenAI's fields about accounts, billing and caches, which mean nothing here and do no harm.
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: Literal[False] = False
+    user: str | None = None
+
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
+    def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError(
                 "stream_options is only allowed with stream: true", param="stream_options"
             )
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError(
+                "prompt_logprobs is only allowed with stream: false", param="prompt_logprobs"
+            )
         return self
 
     @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that counts the tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+    def echoes(self) -> bool:
+        """Whether an answer begins with its prompt."""
+        return False
+
+    @property
+    def only_echoes(self) -> bool:
+        """Whether nothing is to be generated: OpenAI lets a prompt be scored with ``max_tokens: 0``."""
+        return False
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether each token of an answer comes with its log probability."""
+        raise NotImplementedError
+
+    @property
+    def num_answers(self) -> int:
+        """Answers for each prompt: where more are generated, the best of them."""
+        return 1 if self.n is None else self.n
 
     def sampling_params(self) -> SamplingParams:
         """The sampling fields, checked. ``max_tokens`` is None where the request leaves it open."""
         given = self._sampling_fields()
+        if self.logit_bias is not None:
+            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
         # Fields that are not given keep the defaults of SamplingParams, which are written only there.
         return SamplingParams(**{"max_tokens": None, **{k: v for k, v in given.items() if v is not None}})
 
@@ -193,15 +223,57 @@ class GenerationRequest(StrictModel):
         return {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
 
 
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) < 20):
+        raise InvalidRequestError(
+            f"logit_bias must map token ids to numbers, got the key {key[:80]!r}", param="logit_bias"
+        )
+    return int(key)
+
+
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``."""
 
-    unsupported = GenerationRequest.unsupported | {"best_of", "echo", "prompt_embeds", "suffix"}
+    unsupported = GenerationRequest.unsupported | {"prompt_embeds", "suffix"}
     default_max_tokens = 16
 
     prompt: Prompt
     logprobs: Int | None = None
     """How many of the most likely tokens to tell with each token; 0: only the sampled one."""
+    echo: bool = False
+    """Whether an answer begins with its prompt; with ``logprobs``, with the prompt's, too."""
+    best_of: Int | None = None
+    """Generate so many, and answer with the ``n`` whose tokens were the most likely on average."""
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Self:
+        if self.best_of is not None:
+            n = self.num_answers
+            if self.best_of < n:
+                raise InvalidRequestError(
+                    f"best_of must be at least n, which is {n}, got {self.best_of}", param="best_of"
+                )
+            if self.best_of > n and self.stream:
+                raise InvalidRequestError(
+                    f"best_of can't be more than n with stream: true, got {self.best_of} and n {n}",
+                    param="best_of",
+                )
+        return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """See :meth:`GenerationRequest.wants_logprobs`."""
+        return self.logprobs is not None
+
+    @property
+    def echoes(self) -> bool:
+        """See :meth:`GenerationRequest.echoes`."""
+        return self.echo
+
+    @property
+    def only_echoes(self) -> bool:
+        """See :meth:`GenerationRequest.only_echoes`."""
+        return self.echo and self.max_tokens == 0
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -210,14 +282,31 @@ class CompletionRequest(GenerationRequest):
         return cast("list[str | list[int]]", [self.prompt] if is_single else self.prompt)
 
     def sampling_params(self) -> SamplingParams:
-        """See :meth:`GenerationRequest.sampling_params`."""
+        """See :meth:`GenerationRequest.sampling_params`. ``n`` is the number to generate."""
         sampling, num_prompts = super().sampling_params(), len(self.prompts)
         if num_prompts * sampling.n > MAX_SAMPLES:
             raise InvalidRequestError(
-                f"prompts times n must be at most {MAX_SAMPLES}, got {num_prompts} times {sampling.n}",
+                f"prompts times n (or best_of) must be at most {MAX_SAMPLES}, "
+                f"got {num_prompts} times {sampling.n}",
                 param="prompt",
             )
         return sampling
+
+    def _sampling_fields(self) -> dict[str, Any]:
+        fields = super()._sampling_fields()
+        if self.best_of is not None and self.best_of > self.num_answers:
+            fields |= {"n": self.best_of, "logprobs": self.logprobs or 0}
+        if self.echo and self.logprobs is not None:
+            fields["prompt_logprobs"] = self.logprobs
+        if self.only_echoes:
+            fields |= {"max_tokens": 1, "min_tokens": None}
+        return fields
+
+    def given_name(self, param: str | None) -> str | None:
+        """See :meth:`GenerationRequest.given_name`."""
+        if param == "n" and self.best_of is not None and self.best_of > self.num_answers:
+            return "best_of"
+        return param
 
 
 class TextPart(StrictModel):
@@ -299,10 +388,7 @@ class ChatRequest(GenerationRequest):
         "verbosity",
         "web_search_options",
         # vLLM's
-        "add_generation_prompt",
         "chat_template",
-        "chat_template_kwargs",
-        "continue_final_message",
         "documents",
         "echo",
         "include_reasoning",
@@ -312,6 +398,12 @@ class ChatRequest(GenerationRequest):
     }
 
     messages: Messages
+    add_generation_prompt: bool | None = None
+    """Whether the prompt ends with what begins an answer. Left out: unless the last message goes on."""
+    continue_final_message: bool = False
+    """Whether the answer goes on with the last message."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables for the chat template; only those that it reads."""
     max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     """The newer name of ``max_tokens``."""
     logprobs: bool = False
@@ -331,7 +423,34 @@ class ChatRequest(GenerationRequest):
                     param="max_completion_tokens",
                 )
             self.max_tokens = self.max_completion_tokens
+        for name, value in (self.chat_template_kwargs or {}).items():
+            if not isinstance(value, (str, int, float, bool)):
+                raise InvalidRequestError(
+                    "chat_template_kwargs must hold strings, numbers and booleans, "
+                    f"got {reprlib.repr(value)}",
+                    param=f"chat_template_kwargs.{name[:80]}",
+                )
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt exclude each other",
+                param="continue_final_message",
+            )
         return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """See :meth:`GenerationRequest.wants_logprobs`."""
+        return self.logprobs
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """For :meth:`minivllm.tokenizer.tokenizer.Tokenizer.encode_chat`."""
+        return {
+            "add_special_tokens": bool(self.add_special_tokens),
+            "add_generation_prompt": self.add_generation_prompt is not False,
+            "continue_final_message": self.continue_final_message,
+            "extra": self.chat_template_kwargs,
+        }
 
     def given_name(self, param: str | None) -> str | None:
         """See :meth:`GenerationRequest.given_name`."""
@@ -348,10 +467,7 @@ class TokenizeRequest(StrictModel):
 
     unsupported = frozenset(
         {
-            "add_generation_prompt",
             "chat_template",
-            "chat_template_kwargs",
-            "continue_final_message",
             "mm_processor_kwargs",
             "return_token_strs",
             "tools",

@@ -26,21 +26,40 @@ class ErrorEnvelope(TypedDict):
     error: ErrorDetail
 
 
+class PromptTokensDetails(TypedDict):
+    """Of the prompt tokens, those whose keys and values were in the cache."""
+
+    cached_tokens: int
+
+
 class Usage(TypedDict):
-    """Tokens, over all prompts and all samples."""
+    """Tokens, over all prompts and all samples. A chunk's count has no details yet."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: NotRequired[PromptTokensDetails]
 
 
 class CompletionLogprobs(TypedDict):
-    """Parallel lists, one entry for each token."""
+    """Parallel lists, one entry for each token. Nothing is known of the first of an echoed prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(TypedDict):
+    """How likely a token was at a place of the prompt. ``rank`` is 1 for the most likely one."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""vLLM's: for each token of the prompt, by token id, itself and the most likely ones; null for the first."""
 
 
 class CompletionChoice(TypedDict):
@@ -50,6 +69,7 @@ class CompletionChoice(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: StopReason | None
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class Completion(TypedDict):
@@ -110,6 +130,7 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class ChatDelta(TypedDict):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateSyntaxError, nodes
+from jinja2 import TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -17,6 +17,8 @@ from minivllm.errors import InvalidRequestError
 
 MAX_RENDERED_CHARS = 16 * 2**20
 """A template that writes more is running away: no context holds so much."""
+
+_GIVEN_VARIABLES = ("messages", "add_generation_prompt", "tools", "documents")
 
 
 class ChatTemplate:
@@ -37,17 +39,37 @@ class ChatTemplate:
                 f"the chat template isn't valid Jinja, line {error.lineno}: {error.message}"
             ) from None
         self._special_tokens = dict(special_tokens)
+        read = meta.find_undeclared_variables(environment.parse(source))
+        self._own_variables = read - {*_GIVEN_VARIABLES, *special_tokens, *environment.globals}
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt for ``messages``. Fields that are None count as left out.
 
+        Args:
+            extra: variables of the template's own, such as ``enable_thinking``.
+
         Raises :class:`InvalidRequestError` with the template's message where it refuses the
-        messages, and with what went wrong where it can't handle them.
+        messages, with what went wrong where it can't handle them, and where it doesn't read one of
+        ``extra``.
         """
         if not messages:
             raise InvalidRequestError("messages must have at least 1 message, got 0", param="messages")
+        for name in extra or {}:
+            if name not in self._own_variables:
+                known = ", ".join(sorted(self._own_variables)) or "none"
+                raise InvalidRequestError(
+                    f"this model's chat template reads no {name[:80]!r}; it reads: {known}",
+                    param="chat_template_kwargs",
+                )
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         variables = {
+            **(extra or {}),
             **self._special_tokens,
             "messages": given,
             "add_generation_prompt": add_generation_prompt,

@@ -22,8 +22,11 @@ class IncrementalDetokenizer:
     at the very start of a text is hidden only where the prompt shows no text before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         tail = self._last_bytes(prompt_token_ids)
         self._decoder.decode(tail)
@@ -31,7 +34,7 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that ``token_ids`` complete."""
-        data = self._tokenizer.join_bytes(token_ids)
+        data = self._join_bytes(token_ids)
         if self._is_at_start and data:
             self._is_at_start = False
             data = data.removeprefix(b" ")
@@ -47,5 +50,8 @@ class IncrementalDetokenizer:
         for token_id in reversed(token_ids):
             if len(tail) >= _MAX_CHAR_BYTES:
                 break
-            tail = self._tokenizer.join_bytes([token_id]) + tail
+            tail = self._join_bytes([token_id]) + tail
         return tail
+
+    def _join_bytes(self, token_ids: Sequence[int]) -> bytes:
+        return self._tokenizer.join_bytes(token_ids, skip_special_tokens=self._skip_special_tokens)

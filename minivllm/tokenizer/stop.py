@@ -16,7 +16,9 @@ class StopStringMatcher:
     so that neither long stop strings nor repetitive text can make it slow.
     """
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], *, shows_stop: bool = False) -> None:
+        """With ``shows_stop`` the stop string is the end of the text that comes out."""
+        self._shows_stop = shows_stop
         self._searches = [_Search(stop) for stop in stop_strings]
         self._held = ""
         self.is_stopped = False
@@ -37,7 +39,7 @@ class StopStringMatcher:
             if longest:
                 self.is_stopped = True
                 self._held = ""
-                return pending[: position - longest]
+                return pending[: position if self._shows_stop else position - longest]
         num_certain = len(pending) - max(search.num_matched for search in self._searches)
         self._held = pending[num_certain:]
         return pending[:num_certain]

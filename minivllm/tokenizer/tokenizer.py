@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -143,9 +144,19 @@ class Tokenizer:
         self._template = self._compile(source)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        extra: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for ``messages`` (``role`` and ``content``, a string), in the model's own format.
+
+        Args:
+            add_generation_prompt: end with what begins the model's answer.
+            continue_final_message: end with the last message's content, for the model to go on with.
+            extra: further variables that the template reads.
 
         Raises :class:`InvalidRequestError` where the model has no template, or the template refuses
         the messages.
@@ -158,13 +169,30 @@ class Tokenizer:
                     param="messages",
                 )
             self._template = self._compile(self._template_source)
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        if not continue_final_message or not messages:
+            return self._template.render(messages, add_generation_prompt=add_generation_prompt, extra=extra)
+        # What the template writes after the content is cut off where a mark shows that the content ends.
+        mark = f"<end of message {secrets.token_hex(16)}>"
+        last = {**messages[-1], "content": (messages[-1].get("content") or "") + mark}
+        text = self._template.render([*messages[:-1], last], add_generation_prompt=False, extra=extra)
+        before, found, _ = text.rpartition(mark)
+        if not found:
+            raise InvalidRequestError(
+                "continue_final_message: this model's chat template doesn't show the last message",
+                param="continue_final_message",
+            )
+        return before
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_special_tokens: bool = False,
+        **options: Any,
     ) -> list[int]:
         """The token ids of :meth:`apply_chat_template`, which writes its own special tokens."""
-        return self.encode(self.apply_chat_template(messages), add_special_tokens=add_special_tokens)
+        text = self.apply_chat_template(messages, **options)
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def _compile(self, source: str) -> ChatTemplate:
         from minivllm.tokenizer.chat_template import ChatTemplate  # jinja2, for those who chat

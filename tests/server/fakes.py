@@ -68,7 +68,7 @@ class FakeEngine:
         self._tokenizer = tokenizer
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
     ) -> AsyncGenerator[EngineEvent, None]:
         self.requests[request_id] = (prompt_token_ids, sampling)
         is_finished = False
