@@ -298,13 +298,17 @@ def available_backends(device_type: str = "cpu") -> list[str]:
     built, for the instruction sets that the CPU has. ``triton`` is for CUDA, if it is installed; on CPUs
     there is only its interpreter, which TRITON_INTERPRET=1 switches on, for tests.
     """
-    has_triton = find_spec("triton") is not None
     if device_type == "cuda":
-        return ["triton", "reference"] if has_triton else ["reference"]
+        return ["triton", "reference"] if _has_triton() else ["reference"]
     from minivllm_kernels.cpu import instruction_sets
 
-    is_interpreted = has_triton and os.environ.get("TRITON_INTERPRET") == "1"
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
     return [*instruction_sets(), "reference", *(["triton"] if is_interpreted else [])]
+
+
+def _has_triton() -> bool:
+    """Without importing it."""
+    return find_spec("triton") is not None
 
 
 def _make(name: str) -> KernelBackend:

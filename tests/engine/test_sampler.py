@@ -562,6 +562,32 @@ def test_broken_logits_give_a_token_and_harm_no_other_row(
     assert tokens[1] == sample(logits[1:2], [healthy], EOS)[0]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_waits_for_the_gpu_before_the_tokens_are_fetched(dtype: torch.dtype) -> None:
+    kernels = get_backend("auto", "cuda")
+    logits = torch.stack([random_logits(3000, seed=row, scale=3.0) for row in range(6)]).to(dtype)
+    requests = [
+        make_request(seed=1),
+        make_request(temperature=0),
+        make_request(seed=2, top_p=0.9, top_k=500, min_p=0.001, logprobs=5),
+        make_request(seed=3, output=[4, 4, 5], repetition_penalty=1.3, frequency_penalty=0.5, logprobs=0),
+        make_request(seed=4, min_tokens=3, stop_token_ids=(7,)),
+        make_request(temperature=0, logprobs=2, presence_penalty=1.0),
+    ]
+    on_gpu = logits.cuda()
+    first = sampler.sample(on_gpu, requests, EOS, kernels).fetch()  # compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = sampler.sample(on_gpu, requests, EOS, kernels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert again.fetch() == first
+    on_cpu = sample(logits, requests, EOS)
+    assert [token.token_id for token in on_cpu] == [token.token_id for token in first]
+
+
 def test_no_rows() -> None:
     assert sample(torch.empty(0, 10), []) == []
 
