@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -81,10 +80,11 @@ async def _generate(
     context.check_ready()
     context.check_model(body.model)
     sampling = body.sampling_params()
-    answer_id = wording.id_prefix + uuid.uuid4().hex
+    # Ours, never the client's X-Request-Id: the engine's ids must be unique.
+    answer_id = wording.id_prefix + request.state.unique_id
 
     def make() -> list[Sample]:
-        return make_samples(answer_id, encode(), sampling, body.default_max_tokens, context.engine.info)
+        return make_samples(context, answer_id, encode(), sampling, body.default_max_tokens)
 
     try:
         # In a thread: a long prompt takes a while, and other clients' streams must not wait for it.

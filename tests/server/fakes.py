@@ -19,8 +19,10 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from minivllm.config import ServerConfig
 from minivllm.errors import EngineDeadError, RequestFailedError
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason, SamplingParams, TokenLogprob
+from minivllm.server.http11 import uvicorn_config
 from minivllm.tokenizer.alphabet import BYTE_TO_CHAR
 from minivllm.tokenizer.tokenizer import Tokenizer
 
@@ -147,10 +149,10 @@ class RunningServer:
 
 
 @contextmanager
-def run_server(app: FastAPI) -> Iterator[int]:
-    """Serve ``app`` on a free port."""
+def run_server(app: FastAPI, config: ServerConfig) -> Iterator[int]:
+    """Serve ``app`` on a free port, with the settings that ``minivllm serve`` gives uvicorn."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn_config(app, config, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
