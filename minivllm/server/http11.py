@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import ssl
 import sys
+from http import HTTPStatus
 
 import h11
 import uvicorn
@@ -61,12 +62,13 @@ class Http11(H11Protocol):
             ("Content-Length", str(len(body))),
             ("Connection", "close"),
         ]
-        for event in (
-            h11.Response(status_code=error.http_status, headers=headers, reason=b""),
+        reason = HTTPStatus(error.http_status).phrase
+        events = (
+            h11.Response(status_code=error.http_status, headers=headers, reason=reason),
             h11.Data(data=body),
             h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
+        )
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         if self.transport.can_write_eof():
             self.transport.write_eof()
         # Not at once: see refusal.py.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import queue
 import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from email.message import Message
+from http.client import HTTPResponse
 
 import httpx
 import openai
@@ -22,7 +26,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from minivllm.config import ServerConfig
 from minivllm.errors import EngineDeadError, RequestFailedError
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason, SamplingParams, TokenLogprob
+from minivllm.server.app import create_app
+from minivllm.server.context import ServerState
 from minivllm.server.http11 import uvicorn_config
+from minivllm.server.keys import ApiKeys
 from minivllm.tokenizer.alphabet import BYTE_TO_CHAR
 from minivllm.tokenizer.tokenizer import Tokenizer
 
@@ -146,6 +153,41 @@ class RunningServer:
     def close(self) -> None:
         self.http.close()
         self.openai.close()
+
+
+@dataclass(frozen=True)
+class RawAnswer:
+    """What came back for bytes that no HTTP client would send."""
+
+    status: int
+    headers: Message
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, str | None]:
+        """Inside the envelope."""
+        assert self.headers["Content-Type"] == "application/json"
+        envelope = json.loads(self.body)
+        assert envelope.keys() == {"error"}
+        return envelope["error"]
+
+
+def send_raw(port: int, request: bytes, *, method: str = "GET") -> RawAnswer:
+    """Send bytes, and read one answer, which is to a request of ``method``."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(request)
+        with HTTPResponse(client, method=method) as answer:
+            answer.begin()
+            return RawAnswer(answer.status, answer.headers, answer.read())
+
+
+def served(
+    config: ServerConfig, api_keys: ApiKeys | None = None, tokenizer: Tokenizer | None = None
+) -> AbstractContextManager[int]:
+    """A server of its own with these settings; its port."""
+    tokenizer = tokenizer or make_tokenizer()
+    app = create_app(FakeEngine(tokenizer), tokenizer, config, MODEL, ServerState(), api_keys)
+    return run_server(app, config)
 
 
 @contextmanager
