@@ -153,7 +153,9 @@ class _Signals:
 def _bind(config: ServerConfig) -> socket.socket:
     """Take the port before anything slow is done. Connections are refused until the model is ready."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # By its full name: where the protocol is left open, asyncio doesn't see that this is TCP and leaves
+    # Nagle's algorithm on, which holds an answer's second packet back for up to 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
