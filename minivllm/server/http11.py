@@ -25,6 +25,7 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig, timeout_graceful_shutdown
         http=Http11,  # always h11: the parser that uvicorn prefers, where it is installed, has no limits
         ws="none",
         lifespan="off",
+        proxy_headers=False,  # nothing here looks at a client's address, or believes a header about it
         log_config=None,
         access_log=False,
         h11_max_incomplete_event_size=config.max_header_size,
