@@ -39,10 +39,20 @@ def format_size(num_bytes: int) -> str:
 
 
 def option(
-    default: Any, help: str, *, choices: tuple[str, ...] | None = None, is_size: bool = False
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    is_size: bool = False,
+    is_secret: bool = False,
 ) -> Any:  # Any, as dataclasses.field: the annotation beside it is the type
-    """A dataclass field that is also a flag. ``help`` ends up in ``--help``, with its unit."""
-    return field(default=default, metadata={"help": help, "choices": choices, "is_size": is_size})
+    """A dataclass field that is also a flag. ``help`` ends up in ``--help``, with its unit.
+
+    A field of type ``tuple[str, ...]`` is a flag that takes several values and may be repeated. A secret
+    doesn't show in the ``repr``.
+    """
+    metadata = {"help": help, "choices": choices, "is_size": is_size}
+    return field(default=default, repr=not is_secret, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +165,64 @@ class ServerConfig:
     port: int = option(8000, "TCP port to listen on; 0 for any free one")
     served_model_name: str | None = option(None, "the name clients ask for (default: --model as given)")
     chat_template: str | None = option(None, "a file with a Jinja chat template (default: the model's own)")
+    api_key: tuple[str, ...] = option(
+        (),
+        "keys, of which a request to any path but /health and /ping must bring one, as Authorization: "
+        "Bearer KEY; process lists show them, and neither --api-key-file nor the environment variable "
+        "MINIVLLM_API_KEY (one, or several with commas between)",
+        is_secret=True,
+    )
+    api_key_file: str | None = option(
+        None, "a file with more keys, one a line; # begins a comment (default: none)"
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (), "web pages that browsers may let use this server, such as https://chat.example.com, or * for all"
+    )
+    allowed_methods: tuple[str, ...] = option(("*",), "methods that those pages may use")
+    allowed_headers: tuple[str, ...] = option(("*",), "request headers that those pages may set")
+    allow_credentials: bool = option(False, "whether those pages may send cookies and client certificates")
+    ssl_certfile: str | None = option(
+        None, "a PEM file with the server's certificate chain: serve HTTPS (default: plain HTTP)"
+    )
+    ssl_keyfile: str | None = option(
+        None, "a PEM file with the certificate's private key (default: it is in --ssl-certfile)"
+    )
+    ssl_ca_certs: str | None = option(
+        None,
+        "a PEM file with authorities: clients must present a certificate that one of them signed "
+        "(default: clients need none)",
+    )
     max_body_size: int = option(8 * 2**20, "largest request body, such as 8MiB", is_size=True)
+    max_header_size: int = option(64 * 2**10, "largest request head, such as 64KiB", is_size=True)
+    max_header_count: int = option(128, "most header lines in a request")
+    max_tokens_per_request: int | None = option(
+        None, "most tokens that one request may sample: prompts x n x max_tokens (default: no limit)"
+    )
     shutdown_timeout: float = option(30.0, "seconds that running requests get to finish after SIGTERM")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
-        _check_at_least("max_body_size", self.max_body_size, 1)
+        self._check_origins()
+        if self.ssl_certfile is None:
+            for name in ("ssl_keyfile", "ssl_ca_certs"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{flag(name)} needs --ssl-certfile")
+        for name in ("max_body_size", "max_header_size", "max_header_count", "max_tokens_per_request"):
+            _check_at_least(name, getattr(self, name), 1)
         _check_at_least("shutdown_timeout", self.shutdown_timeout, 0)
+
+    def _check_origins(self) -> None:
+        for origin in self.allowed_origins:
+            if origin != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#,\s]+", origin) is None:
+                raise ConfigError(
+                    "--allowed-origins takes * or origins such as https://chat.example.com:8443, "
+                    f"without a path and with spaces between several, got {origin!r}"
+                )
+        if self.allow_credentials and not self.allowed_origins:
+            raise ConfigError("--allow-credentials needs --allowed-origins")
+        if self.allow_credentials and "*" in self.allowed_origins:
+            raise ConfigError("--allow-credentials needs --allowed-origins by name, not *")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -6,7 +6,9 @@
     ├── InvalidRequestError  (also a ValueError)   400  the request can't be served as it is
     │   ├── ContextLengthError                     400  more tokens than the context holds
     │   ├── ModelNotFoundError                     404  no such model here
-    │   └── BodyTooLargeError                      413  more bytes than --max-body-size
+    │   ├── InvalidApiKeyError                     401  no API key, or a wrong one
+    │   ├── BodyTooLargeError                      413  more bytes than --max-body-size
+    │   └── HeadersTooLargeError                   431  over --max-header-size or --max-header-count
     ├── EngineDeadError                            500  the engine process is gone
     ├── RequestFailedError                         500  this request's step raised
     ├── ShuttingDownError                          503  the server drains
@@ -57,11 +59,25 @@ class ModelNotFoundError(InvalidRequestError):
     code = "model_not_found"
 
 
+class InvalidApiKeyError(InvalidRequestError):
+    """The request brings none of the server's API keys."""
+
+    http_status = 401
+    code = "invalid_api_key"
+
+
 class BodyTooLargeError(InvalidRequestError):
     """The request's body has more bytes than ``--max-body-size``."""
 
     http_status = 413
     code = "body_too_large"
+
+
+class HeadersTooLargeError(InvalidRequestError):
+    """The request's head is over ``--max-header-size`` or ``--max-header-count``."""
+
+    http_status = 431
+    code = "headers_too_large"
 
 
 class EngineDeadError(MinivllmError):

@@ -7,7 +7,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from minivllm.config import PRESETS, flag, format_size, parse_size
 from minivllm.errors import ConfigError
@@ -44,7 +44,9 @@ class Parser(argparse.ArgumentParser):
             kind = next((t for t in get_args(hints[field.name]) if t is not type(None)), hints[field.name])
             is_size, choices = field.metadata["is_size"], field.metadata["choices"]
             options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
-            if kind is bool:
+            if get_origin(hints[field.name]) is tuple:
+                options |= {"action": "extend", "nargs": "+", "metavar": "TEXT"}
+            elif kind is bool:
                 options["action"] = argparse.BooleanOptionalAction
             elif choices:
                 options["choices"] = choices
@@ -70,6 +72,7 @@ class Parser(argparse.ArgumentParser):
         given = vars(parsed)
         names = {field.name for field in fields(config)}  # type: ignore[arg-type]
         values = {**PRESETS.get(given.get("preset") or "", {}), **given}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         try:
             return config(**{name: value for name, value in values.items() if name in names})
         except ConfigError as error:
@@ -87,5 +90,7 @@ def _help(field: Any) -> str:
     text: str = field.metadata["help"]
     if "default:" not in text and field.default not in (None, MISSING):
         default = format_size(field.default) if field.metadata["is_size"] else field.default
+        if isinstance(default, tuple):
+            default = " ".join(default) or "none"
         text += f" (default: {default})"
     return text.replace("%", "%%")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
@@ -12,7 +14,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -21,12 +22,12 @@ from minivllm.config import EngineConfig, ServerConfig
 from minivllm.engine.client import EngineClient
 from minivllm.errors import ConfigError
 from minivllm.flags import Parser
+from minivllm.server.keys import ApiKeys, load_api_keys
+from minivllm.server.request_id import RequestIdFilter
+from minivllm.server.tls import check_tls
 from minivllm.terminal import configure_logging
 from minivllm.tokenizer.load import load_tokenizer
 from minivllm.weights.files import resolve_model
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 logger = logging.getLogger("minivllm.serve")  # __name__ may be "__main__" here
 
@@ -41,16 +42,30 @@ def main(argv: list[str]) -> int:
     parsed = parser.parse(argv)
     engine_config = parser.make_config(EngineConfig, parsed)
     server_config = parser.make_config(ServerConfig, parsed)
-    configure_logging()
+    _configure_logging()
+    api_keys = load_api_keys(server_config, os.environ)
+    check_tls(server_config)
     try:
-        asyncio.run(serve(engine_config, server_config, started))
+        asyncio.run(serve(engine_config, server_config, api_keys, started))
     except asyncio.CancelledError:
         logger.warning("stopped at once")
         return 1
     return 0
 
 
-async def serve(engine_config: EngineConfig, server_config: ServerConfig, started: float) -> None:
+def _configure_logging() -> None:
+    handler = configure_logging()
+    handler.addFilter(RequestIdFilter())
+    # uvicorn's warnings are what anybody on the network can cause, a line for each malformed request.
+    http_logger = logging.getLogger("uvicorn")
+    http_logger.handlers = [handler]
+    http_logger.setLevel(logging.ERROR)
+    http_logger.propagate = False
+
+
+async def serve(
+    engine_config: EngineConfig, server_config: ServerConfig, api_keys: ApiKeys | None, started: float
+) -> None:
     """Start the engine, then the HTTP server; on a signal drain, then stop both.
 
     A signal during start-up, or a second one, cancels this at once.
@@ -60,11 +75,16 @@ async def serve(engine_config: EngineConfig, server_config: ServerConfig, starte
     """
     signals = _Signals()
     with contextlib.closing(_bind(server_config)) as listener:
+        if api_keys is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+            logger.warning(
+                "no --api-key: whoever reaches %s can use the model", server_config.host or "any interface"
+            )
         engine = await EngineClient.spawn()
         try:
             # Imported while the engine process imports torch: it takes half a second.
             from minivllm.server.app import create_app
             from minivllm.server.context import ServerState
+            from minivllm.server.http11 import uvicorn_config
 
             files = await asyncio.to_thread(
                 resolve_model,
@@ -79,12 +99,15 @@ async def serve(engine_config: EngineConfig, server_config: ServerConfig, starte
             )
             state = ServerState()
             name = server_config.served_model_name or files.name
-            http = _HttpServer(create_app(engine, tokenizer, server_config, name, state), server_config)
+            app = create_app(engine, tokenizer, server_config, name, state, api_keys)
+            # After 5 s the answers are complete, or have failed: only slow readers are waited for.
+            http = _HttpServer(uvicorn_config(app, server_config, timeout_graceful_shutdown=5))
             serving = asyncio.create_task(http.serve(sockets=[listener]))
             await http.is_listening.wait()
             host, port = listener.getsockname()[:2]
             seconds = time.monotonic() - started
-            logger.info("serving %s on http://%s:%d after %.2f s", name, host, port, seconds)
+            scheme = "http" if server_config.ssl_certfile is None else "https"
+            logger.info("serving %s on %s://%s:%d after %.2f s", name, scheme, host, port, seconds)
             await signals.wait_for_stop()
 
             state.is_draining = True
@@ -130,7 +153,9 @@ class _Signals:
 def _bind(config: ServerConfig) -> socket.socket:
     """Take the port before anything slow is done. Connections are refused until the model is ready."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # By its full name: where the protocol is left open, asyncio doesn't see that this is TCP and leaves
+    # Nagle's algorithm on, which holds an answer's second packet back for up to 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
@@ -146,18 +171,8 @@ def _bind(config: ServerConfig) -> socket.socket:
 class _HttpServer(uvicorn.Server):
     """uvicorn, but the signals are ours: it would refuse connections while we still answer them with 503."""
 
-    def __init__(self, app: FastAPI, config: ServerConfig) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                # The answers are complete by then, or have failed: only slow readers are waited for.
-                timeout_graceful_shutdown=5,
-            )
-        )
-
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
         self.is_listening = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp
 
 import minivllm
 from minivllm.config import ServerConfig
 from minivllm.errors import EngineDeadError, InvalidRequestError
-from minivllm.server.body import BodyLimitMiddleware, JsonRoute
+from minivllm.server.body import JsonRoute
 from minivllm.server.context import Engine, ServerContext, ServerState
+from minivllm.server.door import guard
 from minivllm.server.errors import add_error_handlers, error_response
+from minivllm.server.keys import ApiKeys
 from minivllm.server.openai import openai_router
 from minivllm.server.protocol import DetokenizeRequest, TokenizeRequest
 from minivllm.server.responses import Detokenized, ErrorEnvelope, Health, Tokenized, Version
@@ -25,18 +30,23 @@ def create_app(
     server_config: ServerConfig,
     model_name: str,
     state: ServerState,
+    api_keys: ApiKeys | None = None,
 ) -> FastAPI:
     """The application that serves one model.
 
     Args:
         engine: started, and stopped by the caller.
         tokenizer: the model's.
-        server_config: only ``max_body_size`` is read here.
+        server_config: its limits, and what it says of CORS; no keys and no files are read here.
         model_name: what clients ask for.
         state: the caller's handle on the running application.
+        api_keys: one of them is needed for every path but ``/health`` and ``/ping``; None: everybody may in.
     """
-    context = ServerContext(engine, tokenizer, model_name, state)
-    app = FastAPI(
+    context = ServerContext(
+        engine, tokenizer, model_name, state, max_tokens_per_request=server_config.max_tokens_per_request
+    )
+    app = _GuardedApp(
+        lambda app: guard(app, server_config, api_keys),
         title="minivllm",
         version=minivllm.__version__,
         docs_url=None,  # a page that would load its scripts from elsewhere
@@ -44,11 +54,25 @@ def create_app(
         redirect_slashes=False,
         responses={"4XX": {"model": ErrorEnvelope}, "5XX": {"model": ErrorEnvelope}},
     )
-    app.add_middleware(BodyLimitMiddleware, max_body_size=server_config.max_body_size)
     add_error_handlers(app)
     app.include_router(openai_router(context))
     app.include_router(_own_router(context))
     return app
+
+
+class _GuardedApp(FastAPI):
+    """FastAPI with its door outside of everything, its answers to unforeseen errors included.
+
+    ``add_middleware`` would put it inside of those, and they would leave without CORS headers and request id.
+    """
+
+    def __init__(self, guard: Callable[[ASGIApp], ASGIApp], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._guard = guard
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Called once, by Starlette, before the first request."""
+        return self._guard(super().build_middleware_stack())
 
 
 def _own_router(context: ServerContext) -> APIRouter:
@@ -57,6 +81,7 @@ def _own_router(context: ServerContext) -> APIRouter:
     tokenizer = context.tokenizer
 
     @router.get("/health", response_model=Health)
+    @router.get("/ping", response_model=Health)  # the name that some load balancers insist on
     async def health() -> Response:
         try:
             context.check_ready()

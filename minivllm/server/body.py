@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,10 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minivllm.config import format_size
 from minivllm.errors import BodyTooLargeError
-from minivllm.server.errors import error_response
-
-LINGER_SECONDS = 2.0
-"""How long a refused body is still read, so that a client that is busy sending it gets the answer."""
+from minivllm.server.refusal import refuse
 
 
 class BodyLimitMiddleware:
@@ -38,7 +33,7 @@ class BodyLimitMiddleware:
             return
         announced = int(dict(scope["headers"]).get(b"content-length", b"0"))
         if announced > self.max_body_size:
-            await self._refuse(receive, send)
+            await self._refuse(scope, receive, send)
             return
         chunks: list[bytes] = []
         size, has_more = 0, True
@@ -50,7 +45,7 @@ class BodyLimitMiddleware:
             size += len(chunks[-1])
             has_more = message.get("more_body", False)
             if size > self.max_body_size:
-                await self._refuse(receive, send)
+                await self._refuse(scope, receive, send)
                 return
         unread: list[Message] = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
         chunks.clear()
@@ -60,25 +55,9 @@ class BodyLimitMiddleware:
 
         await self.app(scope, receive_whole, send)
 
-    async def _refuse(self, receive: Receive, send: Send) -> None:
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         limit = f"{self.max_body_size} bytes ({format_size(self.max_body_size)})"
-        response = error_response(BodyTooLargeError(f"the body must have at most {limit}, got more"))
-        response.headers["Connection"] = "close"
-        await send(
-            {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
-        )
-        await send({"type": "http.response.body", "body": response.body, "more_body": True})
-        # The answer is out, but closing a connection with unread input resets it, and a client that is
-        # still sending would see the reset instead of the answer. So its bytes are dropped for a while.
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_drop_rest(receive), LINGER_SECONDS)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _drop_rest(receive: Receive) -> None:
-    has_more = True
-    while has_more:
-        has_more = (await receive()).get("more_body", False)
+        await refuse(BodyTooLargeError(f"the body must have at most {limit}, got more"), scope, receive, send)
 
 
 class JsonRequest(Request):

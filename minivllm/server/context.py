@@ -50,6 +50,8 @@ class ServerContext:
     model_name: str
     """The name that clients ask for."""
     state: ServerState
+    max_tokens_per_request: int | None = None
+    """Most tokens that all samples of one request may have together."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds, for ``/v1/models``."""
 

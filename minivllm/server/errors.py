@@ -68,11 +68,12 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = error.detail
+        # Not request.url: that is put together from the Host header, which is the client's.
+        message, path = error.detail, request.scope["path"]
         if error.status_code == 404:
-            message = f"unknown route {request.method} {request.url.path}"
+            message = f"unknown route {request.method} {path}"
         if error.status_code == 405:
-            message = f"{request.url.path} does not take {request.method}"
+            message = f"{path} does not take {request.method}"
         content = envelope(InvalidRequestError(message))
         return JSONResponse(content, status_code=error.status_code, headers=error.headers)
 

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from minivllm.completion import CompletionDelta, CompletionStream
-from minivllm.errors import RequestFailedError
-from minivllm.request import CompletionOutput, EngineInfo, FinishReason, SamplingParams, check_request
+from minivllm.errors import InvalidRequestError, RequestFailedError
+from minivllm.request import CompletionOutput, FinishReason, SamplingParams, check_request
 from minivllm.server.context import ServerContext
 from minivllm.server.streaming import run_all
 
@@ -27,26 +27,40 @@ class Sample:
 
 
 def make_samples(
+    context: ServerContext,
     request_id: str,
     prompts: list[list[int]],
     sampling: SamplingParams,
     default_max_tokens: int | None,
-    info: EngineInfo,
 ) -> list[Sample]:
     """``sampling.n`` samples of each prompt, each prompt checked: none starts unless all can be served.
 
-    Where ``sampling.max_tokens`` is open, it becomes ``default_max_tokens`` or what the context holds,
-    whichever is less.
+    Where ``sampling.max_tokens`` is open, it becomes ``default_max_tokens``, what the context holds or a
+    sample's share of ``context.max_tokens_per_request``, whichever is least.
     """
+    info, limit = context.engine.info, context.max_tokens_per_request
+    share = None if limit is None else _share(limit, len(prompts) * sampling.n, sampling.max_tokens)
     samples: list[Sample] = []
     for prompt in prompts:
         check_request(prompt, sampling, info)
         room = info.max_model_len - len(prompt)
-        max_tokens = sampling.max_tokens or min(default_max_tokens or room, room)
+        max_tokens = sampling.max_tokens or min(default_max_tokens or room, share or room, room)
         for i in range(sampling.n):
             own = replace(sampling.for_sample(i), max_tokens=max_tokens)
             samples.append(Sample(len(samples), f"{request_id}-{len(samples)}", prompt, own))
     return samples
+
+
+def _share(limit: int, num_samples: int, max_tokens: int | None) -> int:
+    """How many of ``limit`` tokens each sample may have. Refuses more of them."""
+    if num_samples * (max_tokens or 1) > limit:
+        each = "" if max_tokens is None else f" of {max_tokens} tokens"
+        raise InvalidRequestError(
+            f"prompts times n times max_tokens must be at most {limit} (--max-tokens-per-request), "
+            f"got {num_samples} samples{each}",
+            param="max_tokens",
+        )
+    return limit // num_samples
 
 
 async def run_samples(

@@ -8,7 +8,6 @@ They differ in the first step and in the wording (``formats.py``); ``answer.py``
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Callable
 
 from fastapi import APIRouter, Request, Response
@@ -83,13 +82,14 @@ async def _generate(
     """Answer ``body``, for as long as the client is there. ``encode`` makes the prompts' token ids."""
     context.check_ready()
     context.check_model(body.model)
-    answer_id = wording.id_prefix + uuid.uuid4().hex
+    # Ours, never the client's X-Request-Id: the engine's ids must be unique.
+    answer_id = wording.id_prefix + request.state.unique_id
 
     def make(sampling: SamplingParams) -> list[Sample]:
         prompts = encode()
         if body.truncate_prompt_tokens is not None:
             prompts = [prompt[-body.truncate_prompt_tokens :] for prompt in prompts]
-        return make_samples(answer_id, prompts, sampling, body.default_max_tokens, context.engine.info)
+        return make_samples(context, answer_id, prompts, sampling, body.default_max_tokens)
 
     try:
         # In a thread: a long prompt takes a while, and other clients' streams must not wait for it.

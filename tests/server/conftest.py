@@ -23,8 +23,8 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def _shared_server(tokenizer: Tokenizer) -> Iterator[RunningServer]:
     engine = FakeEngine(tokenizer)
-    app = create_app(engine, tokenizer, ServerConfig(max_body_size=MAX_BODY_SIZE), MODEL, ServerState())
-    with run_server(app) as port:
+    config = ServerConfig(max_body_size=MAX_BODY_SIZE)
+    with run_server(create_app(engine, tokenizer, config, MODEL, ServerState()), config) as port:
         server = RunningServer(engine, port)
         yield server
         server.close()

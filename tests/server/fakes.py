@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import queue
 import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from email.message import Message
+from http.client import HTTPResponse
 
 import httpx
 import openai
@@ -19,8 +23,13 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from minivllm.config import ServerConfig
 from minivllm.errors import EngineDeadError, RequestFailedError
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason, SamplingParams, TokenLogprob
+from minivllm.server.app import create_app
+from minivllm.server.context import ServerState
+from minivllm.server.http11 import uvicorn_config
+from minivllm.server.keys import ApiKeys
 from minivllm.tokenizer.alphabet import BYTE_TO_CHAR
 from minivllm.tokenizer.tokenizer import Tokenizer
 
@@ -146,11 +155,48 @@ class RunningServer:
         self.openai.close()
 
 
+@dataclass(frozen=True)
+class RawAnswer:
+    """What came back for bytes that no HTTP client would send."""
+
+    status: int
+    headers: Message
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, str | None]:
+        """Inside the envelope."""
+        assert self.headers["Content-Type"] == "application/json"
+        envelope = json.loads(self.body)
+        assert envelope.keys() == {"error"}
+        return envelope["error"]
+
+
+def send_raw(port: int, request: bytes, *, method: str = "GET") -> RawAnswer:
+    """Send bytes, and read one answer, which is to a request of ``method``."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(request)
+        with HTTPResponse(client, method=method) as answer:
+            answer.begin()
+            return RawAnswer(answer.status, answer.headers, answer.read())
+
+
+def served(
+    config: ServerConfig, api_keys: ApiKeys | None = None, tokenizer: Tokenizer | None = None
+) -> AbstractContextManager[int]:
+    """A server of its own with these settings; its port."""
+    tokenizer = tokenizer or make_tokenizer()
+    app = create_app(FakeEngine(tokenizer), tokenizer, config, MODEL, ServerState(), api_keys)
+    return run_server(app, config)
+
+
 @contextmanager
-def run_server(app: FastAPI) -> Iterator[int]:
-    """Serve ``app`` on a free port."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+def run_server(app: FastAPI, config: ServerConfig) -> Iterator[int]:
+    """Serve ``app`` on a free port, with the settings that ``minivllm serve`` gives uvicorn."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # as `serve` makes it
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    server = uvicorn.Server(uvicorn_config(app, config, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

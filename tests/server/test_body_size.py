@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from minivllm.server import body
+from minivllm.server import refusal
 
 from .fakes import MAX_BODY_SIZE, RunningServer
 
@@ -35,7 +35,7 @@ def read_answer(client: socket.socket) -> tuple[int, bytes]:
 
 @pytest.fixture
 def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "LINGER_SECONDS", 0.2)
+    monkeypatch.setattr(refusal, "LINGER_SECONDS", 0.2)
 
 
 @pytest.mark.usefixtures("short_linger")

@@ -37,8 +37,7 @@ def ask(
 
     async def send() -> httpx.Response:
         app = create_app(engine, tokenizer, ServerConfig(), MODEL, ServerState(is_draining))
-        # An unforeseen exception is logged by uvicorn; here the transport would raise it.
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, json=json)
 

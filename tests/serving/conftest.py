@@ -52,7 +52,7 @@ def serving(*flags: str, python: tuple[str, ...] = ()) -> Iterator[Server]:
         assert process.stderr is not None
         for line in process.stderr:
             log.append(line)
-            if match := re.search(r"serving .* on (http://\S+) after", line):
+            if match := re.search(r"serving .* on (https?://\S+) after", line):
                 break
         else:
             pytest.fail(f"the server ended with code {process.wait()}:\n{''.join(log)}")

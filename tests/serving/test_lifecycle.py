@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from minivllm.config import ServerConfig
+from minivllm.serve import _bind
 from tests.serving.conftest import EMBEDDED_MODEL, Server, serving
 from tests.tiny_model import write_tiny_model
 
@@ -120,6 +123,25 @@ def test_optimised_python_changes_nothing(optimize: tuple[str, ...]) -> None:
             assert str(next(iter(bad.values()))) in refused.json()["error"]["message"]
         assert client.post("/v1/completions", json={"prompt": [10**9]}).status_code == 400
         assert server.stop() == 0
+
+
+def test_answers_are_not_held_back() -> None:
+    """Nagle's algorithm is off for the connections that the server takes."""
+
+    async def accepted(listener: socket.socket) -> int:
+        connection: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+
+        class Protocol(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                connection.set_result(transport.get_extra_info("socket"))
+
+        server = await asyncio.get_running_loop().create_server(Protocol, sock=listener)
+        async with server:
+            with socket.create_connection(listener.getsockname()):
+                return (await connection).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    with _bind(ServerConfig(port=0)) as listener:
+        assert asyncio.run(accepted(listener)) != 0
 
 
 def run_serve(*flags: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,76 @@
+"""uvicorn's settings, and its HTTP/1.1 protocol with answers to what isn't HTTP that say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import sys
+from http import HTTPStatus
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from minivllm.config import ServerConfig
+from minivllm.errors import HeadersTooLargeError, InvalidRequestError
+from minivllm.server import refusal
+from minivllm.server.errors import envelope
+
+
+def uvicorn_config(app: ASGIApp, config: ServerConfig, timeout_graceful_shutdown: int) -> uvicorn.Config:
+    """How uvicorn serves ``app``. The TLS files have been checked before (``tls.py``)."""
+    return uvicorn.Config(
+        app,
+        http=Http11,  # always h11: the parser that uvicorn prefers, where it is installed, has no limits
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,  # nothing here looks at a client's address, or believes a header about it
+        log_config=None,
+        access_log=False,
+        h11_max_incomplete_event_size=config.max_header_size,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_ca_certs=config.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_NONE if config.ssl_ca_certs is None else ssl.CERT_REQUIRED,
+        timeout_graceful_shutdown=timeout_graceful_shutdown,
+    )
+
+
+class Http11(H11Protocol):
+    """uvicorn's protocol, but a malformed request gets an envelope, and 431 where it was too large."""
+
+    _is_refused = False
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the transport."""
+        if not self._is_refused:
+            super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn while it handles h11's error."""
+        self._is_refused = True
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()  # an answer is under way already, and can't be finished
+            return
+        error = InvalidRequestError("this is not a valid HTTP request")
+        if getattr(sys.exc_info()[1], "error_status_hint", None) == HeadersTooLargeError.http_status:
+            size = self.config.h11_max_incomplete_event_size
+            error = HeadersTooLargeError(f"a request's head must have at most {size} bytes, got more")
+        body = json.dumps(envelope(error)).encode()
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Connection", "close"),
+        ]
+        reason = HTTPStatus(error.http_status).phrase
+        events = (
+            h11.Response(status_code=error.http_status, headers=headers, reason=reason),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        # Not at once: see refusal.py.
+        self.loop.call_later(refusal.LINGER_SECONDS, self.transport.close)
