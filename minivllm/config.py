@@ -192,6 +192,9 @@ class ServerConfig:
         "a PEM file with authorities: clients must present a certificate that one of them signed "
         "(default: clients need none)",
     )
+    ignore_unknown_fields: bool = option(
+        False, "drop fields of requests that this server doesn't know or support, instead of refusing them"
+    )
     max_body_size: int = option(8 * 2**20, "largest request body, such as 8MiB", is_size=True)
     max_header_size: int = option(64 * 2**10, "largest request head, such as 64KiB", is_size=True)
     max_header_count: int = option(128, "most header lines in a request")

@@ -18,6 +18,7 @@ from minivllm.server.context import Engine, ServerContext, ServerState
 from minivllm.server.door import guard
 from minivllm.server.errors import add_error_handlers, error_response
 from minivllm.server.keys import ApiKeys
+from minivllm.server.lenient import LenientRoute
 from minivllm.server.openai import openai_router
 from minivllm.server.protocol import DetokenizeRequest, TokenizeRequest
 from minivllm.server.responses import Detokenized, ErrorEnvelope, Health, Tokenized, Version
@@ -55,8 +56,9 @@ def create_app(
         responses={"4XX": {"model": ErrorEnvelope}, "5XX": {"model": ErrorEnvelope}},
     )
     add_error_handlers(app)
-    app.include_router(openai_router(context))
-    app.include_router(_own_router(context))
+    route_class = LenientRoute if server_config.ignore_unknown_fields else JsonRoute
+    app.include_router(openai_router(context, route_class))
+    app.include_router(_own_router(context, route_class))
     return app
 
 
@@ -75,9 +77,9 @@ class _GuardedApp(FastAPI):
         return self._guard(super().build_middleware_stack())
 
 
-def _own_router(context: ServerContext) -> APIRouter:
+def _own_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRouter:
     """The routes that OpenAI doesn't have; names and shapes are vLLM's where it has them."""
-    router = APIRouter(route_class=JsonRoute)
+    router = APIRouter(route_class=route_class)
     tokenizer = context.tokenizer
 
     @router.get("/health", response_model=Health)

@@ -78,11 +78,13 @@ class JsonRequest(Request):
 class JsonRoute(APIRoute):
     """A route that takes :class:`JsonRequest`."""
 
+    request_class: type[JsonRequest] = JsonRequest
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's hook for requests of one's own class."""
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:
-            return await handle(JsonRequest(request.scope, request.receive))
+            return await handle(self.request_class(request.scope, request.receive))
 
         return handle_json

@@ -27,9 +27,9 @@ from minivllm.server.streaming import EventStream, run_until_disconnect
 CLIENT_CLOSED_REQUEST = 499  # nginx's number: nobody is left to read it but the access log
 
 
-def openai_router(context: ServerContext) -> APIRouter:
+def openai_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRouter:
     """The routes under ``/v1``."""
-    router = APIRouter(prefix="/v1", route_class=JsonRoute)
+    router = APIRouter(prefix="/v1", route_class=route_class)
     tokenizer = context.tokenizer
     model: Model = {
         "id": context.model_name,

@@ -25,7 +25,15 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from minivllm.config import ServerConfig
 from minivllm.errors import EngineDeadError, RequestFailedError
-from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason, SamplingParams, TokenLogprob
+from minivllm.request import (
+    EngineEvent,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    RequestMetrics,
+    SamplingParams,
+    TokenLogprob,
+)
 from minivllm.server.app import create_app
 from minivllm.server.context import ServerState
 from minivllm.server.http11 import uvicorn_config
@@ -71,6 +79,7 @@ class FakeEngine:
         self.info = EngineInfo(max_model_len=MAX_MODEL_LEN, vocab_size=tokenizer.vocab_size)
         self.is_alive = True
         self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
+        self.priorities: dict[str, int] = {}
         self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.closed: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Requests that were left before their end."""
@@ -80,6 +89,7 @@ class FakeEngine:
         self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
     ) -> AsyncGenerator[EngineEvent, None]:
         self.requests[request_id] = (prompt_token_ids, sampling)
+        self.priorities[request_id] = priority
         is_finished = False
         try:
             tokens = self._answer(sampling)
@@ -97,7 +107,17 @@ class FakeEngine:
                 elif place + 1 == len(tokens):
                     reason = FinishReason.STOP
                 is_finished = reason is not None
-                yield EngineEvent(request_id, [token], _logprobs(place, token, sampling), reason)
+                event = EngineEvent(request_id, [token], _logprobs(place, token, sampling), reason)
+                if place == 0 and sampling.prompt_logprobs is not None:
+                    event.prompt_logprobs = [
+                        TokenLogprob(
+                            token, -float(index), [(7, -0.5)][: sampling.prompt_logprobs], rank=index
+                        )
+                        for index, token in enumerate(prompt_token_ids[1:], start=1)
+                    ]
+                if is_finished:
+                    event.metrics = RequestMetrics(num_cached_tokens=len(prompt_token_ids) // 2)
+                yield event
                 if is_finished:
                     return
         finally:

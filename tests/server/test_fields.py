@@ -1,0 +1,224 @@
+"""Fields of a request that change what is asked of the engine, or how the answer is worded."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from minivllm.config import ServerConfig
+from minivllm.request import SamplingParams
+from minivllm.server.app import create_app
+from minivllm.server.context import ServerState
+from minivllm.tokenizer.tokenizer import Tokenizer
+
+from .fakes import ANSWER, BOS, MODEL, FakeEngine, RunningServer, run_server
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = {"role": "user", "content": "Hi"}
+
+
+def complete(server: RunningServer, **fields: Any) -> dict[str, Any]:
+    response = server.http.post(COMPLETIONS, json={"prompt": "ab", "max_tokens": 3, **fields})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def stream(server: RunningServer, route: str, **fields: Any) -> list[dict[str, Any]]:
+    lines = server.http.post(route, json={"stream": True, **fields}).text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+def asked(server: RunningServer) -> tuple[list[int], SamplingParams]:
+    """What the engine was asked for."""
+    ((prompt, sampling),) = server.engine.requests.values()
+    return prompt, sampling
+
+
+def test_logit_bias_reaches_the_engine(server: RunningServer) -> None:
+    complete(server, logit_bias={"65": 1, "66": -100.0})
+    assert asked(server)[1].logit_bias == {65: 1.0, 66: -100.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"},
+        {"prompt_cache_key": "x", "prompt_cache_retention": "24h", "safety_identifier": "y"},
+    ],
+)
+def test_fields_that_do_no_harm(server: RunningServer, fields: dict[str, Any]) -> None:
+    assert complete(server, **fields)["choices"][0]["text"] == ANSWER[:3]
+
+
+def test_priority_reaches_the_engine(server: RunningServer) -> None:
+    complete(server, priority=-7)
+    assert list(server.engine.priorities.values())[-1] == -7
+
+
+def test_truncation_keeps_the_end(server: RunningServer) -> None:
+    answer = complete(server, prompt="abcdef", truncate_prompt_tokens=2)
+    assert asked(server)[0] == [*b"ef"]
+    assert answer["usage"]["prompt_tokens"] == 2
+
+
+def test_cached_tokens_are_told(server: RunningServer) -> None:
+    """Once for each prompt, however many answers it has."""
+    usage = complete(server, prompt=["abcd", "ab"], n=2)["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2 + 1}
+    last = stream(server, COMPLETIONS, prompt="abcd", stream_options={"include_usage": True})[-1]
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+def test_special_tokens_are_shown_on_request(server: RunningServer) -> None:
+    assert complete(server, ignore_eos=True)["choices"][0]["text"] == ANSWER[:2]
+    answer = complete(server, ignore_eos=True, skip_special_tokens=False)
+    assert answer["choices"][0]["text"] == "<|end|>" + ANSWER[:2]
+
+
+def test_the_stop_string_is_shown_on_request(server: RunningServer) -> None:
+    for shows, text in ((False, "Ein sch"), (True, "Ein schön")):
+        answer = complete(server, max_tokens=20, stop="ön", include_stop_str_in_output=shows)
+        assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == (text, "stop")
+
+
+# echo, and the prompt's own log probabilities
+
+
+@pytest.mark.parametrize("prompt", ["añb", [*"añb".encode()]])
+def test_echo_begins_with_the_prompt(server: RunningServer, prompt: Any) -> None:
+    assert complete(server, prompt=prompt, echo=True)["choices"][0]["text"] == "añbEin"
+
+
+def test_echo_with_logprobs(server: RunningServer) -> None:
+    """What evaluation harnesses send: nothing is known of the first token, offsets run on into the answer."""
+    answer = complete(server, prompt=[97, 98, 99], echo=True, logprobs=1, max_tokens=1)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "b", "c", "E"]
+    assert logprobs["token_logprobs"] == [None, -1.0, -2.0, -1.5]
+    assert logprobs["top_logprobs"][0] is None
+    assert logprobs["top_logprobs"][1] == {"\x07": -0.5, "b": -1.0}
+    assert logprobs["text_offset"] == [0, 1, 2, 3]
+    assert answer["usage"]["completion_tokens"] == 1
+
+
+def test_a_prompt_is_scored_without_an_answer(server: RunningServer) -> None:
+    answer = complete(server, prompt="abc", echo=True, logprobs=0, max_tokens=0)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_echo_streams_the_same(server: RunningServer, max_tokens: int) -> None:
+    fields: dict[str, Any] = {"prompt": ["ab", "cde"], "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    whole = complete(server, **fields)["choices"]
+    chunks = stream(server, COMPLETIONS, **fields)
+    for index, choice in enumerate(whole):
+        pieces = [piece for chunk in chunks for piece in chunk["choices"] if piece["index"] == index]
+        assert "".join(piece["text"] for piece in pieces) == choice["text"]
+        assert pieces[-1]["finish_reason"] == choice["finish_reason"] == "length"
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            found = [entry for piece in pieces if piece["logprobs"] for entry in piece["logprobs"][name]]
+            assert found == choice["logprobs"][name]
+
+
+def test_prompt_logprobs_as_vllm_words_them(server: RunningServer) -> None:
+    (choice,) = complete(server, prompt="ab", prompt_logprobs=1)["choices"]
+    want = [
+        None,
+        {
+            "98": {"logprob": -1.0, "rank": 1, "decoded_token": "b"},
+            "7": {"logprob": -0.5, "rank": 1, "decoded_token": "\x07"},
+        },
+    ]
+    assert choice["prompt_logprobs"] == want
+    assert choice["logprobs"] is None
+    answer = server.http.post(CHAT, json={"messages": [USER], "prompt_logprobs": 0}).json()
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
+    assert "prompt_logprobs" not in answer["choices"][0]
+
+
+# best_of
+
+
+def test_best_of_answers_with_the_likeliest(server: RunningServer) -> None:
+    """The fake's samples are alike: how many there are, and what is counted, is what shows."""
+    answer = complete(server, prompt=["ab", "cd"], best_of=3, n=2)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert all(choice["logprobs"] is None for choice in answer["choices"])
+    assert len(server.engine.requests) == 6
+    assert answer["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": 18,
+        "total_tokens": 22,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+
+
+def test_best_of_with_logprobs(server: RunningServer) -> None:
+    (choice,) = complete(server, best_of=2, logprobs=1)["choices"]
+    assert len(choice["logprobs"]["tokens"]) == 3
+
+
+# chat
+
+
+def test_an_answer_goes_on_with_the_last_message(server: RunningServer) -> None:
+    messages = [USER, {"role": "assistant", "content": "It is "}]
+    body = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+    assert server.http.post(CHAT, json=body).status_code == 200
+    assert bytes(asked(server)[0]).decode() == "user: Hi\nassistant: It is "
+
+
+def test_no_generation_prompt(server: RunningServer) -> None:
+    assert server.http.post(CHAT, json={"messages": [USER], "add_generation_prompt": False}).is_success
+    assert bytes(asked(server)[0]).decode() == "user: Hi\n"
+
+
+def test_special_tokens_around_a_prompt(server: RunningServer) -> None:
+    """The fake tokenizer adds none of its own; what is asked for must at least not be lost."""
+    for value in (True, False):
+        assert complete(server, add_special_tokens=value)["usage"]["prompt_tokens"] == 2
+    assert complete(server, prompt=BOS)["usage"]["prompt_tokens"] == 1
+
+
+# usage in every chunk
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_every_chunk_counts(server: RunningServer, include_usage: bool) -> None:
+    options = {"continuous_usage_stats": True, "include_usage": include_usage}
+    chunks = stream(server, COMPLETIONS, prompt="ab", max_tokens=3, n=2, stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == 6
+    assert all(chunk["usage"]["prompt_tokens"] == 2 for chunk in chunks)
+    assert (chunks[-1]["choices"] == []) == include_usage
+
+
+def test_unknown_fields_are_ignored_on_request(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """--ignore-unknown-fields: what isn't known or supported is dropped and logged once, the rest checked."""
+    config = ServerConfig(ignore_unknown_fields=True)
+    engine = FakeEngine(tokenizer)
+    app = create_app(engine, tokenizer, config, MODEL, ServerState())
+    with run_server(app, config) as port:
+        server = RunningServer(engine, port)
+        for _ in range(2):
+            assert complete(server, temprature=5, suffix="x")["choices"][0]["text"] == ANSWER[:3]
+        assert server.http.post(COMPLETIONS, json={"prompt": "a", "temperature": -1}).status_code == 400
+        assert server.http.post(COMPLETIONS, json=[1]).status_code == 400
+        assert server.http.post("/tokenize", json={"prompt": "ab", "xyz": 1}).json()["count"] == 2
+        server.close()
+    messages = [record.getMessage() for record in caplog.records if "is ignored" in record.getMessage()]
+    assert sorted(messages) == [
+        "/tokenize: the field 'xyz' is ignored",
+        "/v1/completions: the field 'suffix' is ignored",
+        "/v1/completions: the field 'temprature' is ignored",
+    ]
