@@ -86,8 +86,9 @@ class EngineConfig:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "of the KV cache; auto: float16 beside quantised weights, else --dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        "of the KV cache; auto: float16 beside quantised weights, else --dtype; fp8: 8 bits (e4m3), "
+        "cuda from compute capability 8.9 on",
+        choices=("auto", "float32", "bfloat16", "float16", "fp8"),
     )
     cpu_threads: int | None = option(None, "threads that compute on cpu (default: one per core)")
     enforce_eager: bool = option(

@@ -1,4 +1,4 @@
-"""What a model's step takes of a GPU's memory, found by running it before the KV cache is sized."""
+"""Steps that are run before the KV cache is sized: to compile kernels, and to see what memory they take."""
 
 from __future__ import annotations
 
@@ -14,6 +14,29 @@ from minivllm.engine.runner import empty_caches
 from minivllm.engine.sampler import sample
 from minivllm.models.llama import Llama
 from minivllm.request import MAX_LOGPROBS, Request, SamplingParams
+
+
+def compile_kernels(model: Llama, *, kv_dtype: torch.dtype, num_tokens: int, max_model_len: int) -> None:
+    """Run prompts and late chunks of all lengths up to ``num_tokens`` tokens.
+
+    A kernel is compiled for each way of splitting its work when it is first used, which takes seconds:
+    better now than in somebody's answer.
+    """
+    device = model.placement.device
+    caches = empty_caches(model, num_blocks=1, kv_dtype=kv_dtype)
+    for length in {min(2**power, num_tokens) for power in range(num_tokens.bit_length() + 1)}:
+        for seq_len in {length, max(length, max_model_len)}:
+            with torch.inference_mode():
+                model(one_chunk(length, seq_len, device), caches)
+
+
+def one_chunk(num_tokens: int, seq_len: int, device: torch.device) -> FlatBatch:
+    """The last ``num_tokens`` tokens of a sequence of ``seq_len``, all in the pool's block 0."""
+    return replace(
+        longest_batch(num_tokens, 1, device),
+        block_tables_BM=torch.zeros(1, blocks_for(seq_len), dtype=torch.int32, device=device),
+        seq_lens_B=torch.tensor([seq_len], dtype=torch.int32, device=device),
+    )
 
 
 def measure_step(model: Llama, *, kv_dtype: torch.dtype, num_tokens: int, num_seqs: int) -> int:

@@ -136,10 +136,12 @@ def _step_memory(
     estimate = partial(estimate_workspace, model.config, dtype, config.max_num_seqs)
     if device.type != "cuda":
         return estimate, 0
-    from minivllm.engine.profiling import measure_graphs, measure_step
+    from minivllm.engine.profiling import compile_kernels, measure_graphs, measure_step
 
     longest = config.max_model_len or model.config.max_position_embeddings
     try:
+        with stage("kernels compiled"):
+            compile_kernels(model, kv_dtype=kv_dtype, num_tokens=num_tokens, max_model_len=longest)
         with stage("a step's memory measured"):
             more = measure_step(
                 model, kv_dtype=kv_dtype, num_tokens=num_tokens, num_seqs=config.max_num_seqs
@@ -222,5 +224,13 @@ def _bits_of(config: EngineConfig, files: ModelFiles, kernels: KernelBackend) ->
 def _kv_dtype(name: str, model: Llama) -> torch.dtype:
     if name == "auto":
         return torch.float16 if model.is_packed else model.placement.dtype
+    if name == "fp8":
+        device = model.placement.device
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+            raise ConfigError(
+                "--kv-cache-dtype fp8 needs an NVIDIA GPU of compute capability 8.9 or newer (Ada, Hopper), "
+                f"and this is {device}; use auto"
+            )
+        return torch.float8_e4m3fn
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ from hypothesis import strategies as st
 from minivllm.config import EngineConfig, ServerConfig, format_size, parse_size
 from minivllm.engine import memory
 from minivllm.engine.memory import MemoryLedger, block_bytes, estimate_workspace, plan_memory
+from minivllm.engine.startup import build_engine
 from minivllm.errors import ConfigError, MinivllmError, OutOfMemoryError
 from minivllm.models.config import ModelConfig, RopeConfig
+from minivllm.weights.files import resolve_model
+from tests.tiny_model import write_tiny_model
 
 MODEL = ModelConfig(
     vocab_size=1000,
@@ -350,3 +354,12 @@ def test_limits_are_allowed() -> None:
     EngineConfig(gpu_memory_utilization=1.0)
     ServerConfig(port=0, max_body_size=1, shutdown_timeout=0)
     ServerConfig(port=65535)
+
+
+def test_an_fp8_cache_needs_a_gpu_that_has_it(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path)
+    config = EngineConfig(model=model, load_format="dummy", device="cpu", kv_cache_dtype="fp8")
+    with pytest.raises(
+        ConfigError, match=r"fp8 needs an NVIDIA GPU of compute capability 8\.9 .*this is cpu"
+    ):
+        build_engine(config, resolve_model(model, load_format="dummy"))

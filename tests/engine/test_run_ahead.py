@@ -16,12 +16,15 @@ import pytest
 import torch
 
 from minivllm.config import EngineConfig
+from minivllm.engine.batch import FlatBatch
 from minivllm.engine.decode_graphs import DecodeGraphs, graph_sizes
 from minivllm.engine.engine import Engine
-from minivllm.engine.profiling import longest_batch
+from minivllm.engine.profiling import compile_kernels, longest_batch
 from minivllm.engine.runner import PendingTokens, TorchRunner, empty_caches
 from minivllm.engine.scheduler import ScheduledBatch
 from minivllm.engine.startup import build_engine
+from minivllm.models.attention import LayerCache
+from minivllm.models.llama import Hidden
 from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, SamplingParams
 from minivllm.weights.files import resolve_model
 from tests.tiny_model import VOCAB_SIZE, write_tiny_model
@@ -215,3 +218,22 @@ def test_the_longest_step_is_one_that_the_model_takes(
     caches = empty_caches(runner.model, num_blocks=1, kv_dtype=torch.float32)
     with torch.inference_mode():
         assert runner.model(flat, caches).shape == (num_seqs, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20, 64])
+def test_kernels_are_compiled_by_running_them(make_tiny_engine: MakeEngine, num_tokens: int) -> None:
+    """Prompts and late chunks of every length, on kernels that note what they are called with."""
+    runner = make_tiny_engine(runs_ahead=False).runner
+    assert isinstance(runner, TorchRunner)
+    seen: set[tuple[int, int]] = set()
+    hidden = runner.model.hidden
+
+    def spy(flat: FlatBatch, caches: list[LayerCache]) -> Hidden:
+        seen.add((len(flat.input_ids_T), int(flat.seq_lens_B[0])))
+        assert flat.block_tables_BM.shape[1] * 16 >= int(flat.seq_lens_B[0])
+        return hidden(flat, caches)
+
+    runner.model.hidden = spy  # type: ignore[method-assign]
+    compile_kernels(runner.model, kv_dtype=torch.float32, num_tokens=num_tokens, max_model_len=200)
+    lengths = {min(length, num_tokens) for length in (1, 2, 4, 8, 16, 32, 64)}
+    assert seen == {(length, seq_len) for length in lengths for seq_len in (length, 200)}
