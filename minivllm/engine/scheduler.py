@@ -108,6 +108,9 @@ class Scheduler(ABC):
 
     def add(self, request: Request) -> None:
         """Put a new request at the end of the queue, or before those of a higher ``priority`` number."""
+        sampling = request.sampling
+        eos_token_ids = frozenset() if sampling.ignore_eos else self.limits.eos_token_ids
+        request.end_token_ids = eos_token_ids.union(sampling.stop_token_ids)
         position = len(self.waiting)
         while position > 0 and self.waiting[position - 1].priority > request.priority:
             position -= 1
@@ -130,9 +133,10 @@ class Scheduler(ABC):
         for request in list(self.running):
             if budget == 0:
                 break
-            if not request.block_table or request.has_all_tokens:
+            num_known = len(request.token_ids)
+            if not request.block_table or num_known >= request.max_total_tokens:
                 continue  # evicted a moment ago, by another in this loop; or its last token is pending
-            num_tokens = min(request.num_uncomputed_tokens, budget)
+            num_tokens = min(num_known - request.num_computed_tokens, budget)
             while not self.block_manager.grow(request, num_tokens):
                 victim = self.running.pop()
                 if victim in scheduled:
@@ -194,12 +198,15 @@ class Scheduler(ABC):
             if request.metrics.first_token_time == 0.0:
                 request.metrics.first_token_time = time.monotonic()
             logprobs = None if token.logprob is None else [token.logprob]
-            reason = self._finish_reason(request, num_tokens)
-            if reason is None:
-                event = EngineEvent(request.request_id, [token.token_id], logprobs)
+            num_output_tokens = num_tokens - len(request.prompt_token_ids)
+            # Before min_tokens the sampler masks them; what is drawn all the same doesn't count.
+            if token.token_id in request.end_token_ids and num_output_tokens > request.sampling.min_tokens:
+                event = self._finish(request, [token.token_id], FinishReason.STOP, logprobs=logprobs)
+            elif num_tokens >= request.max_total_tokens:
+                event = self._finish(request, [token.token_id], FinishReason.LENGTH, logprobs=logprobs)
             else:
-                event = self._finish(request, [token.token_id], reason, logprobs=logprobs)
-            if request.sampling.prompt_logprobs is not None and num_tokens == request.num_prompt_tokens + 1:
+                event = EngineEvent(request.request_id, [token.token_id], logprobs)
+            if num_output_tokens == 1 and request.sampling.prompt_logprobs is not None:
                 event.prompt_logprobs = request.prompt_logprobs
             events.append(event)
         return events
@@ -229,18 +236,6 @@ class Scheduler(ABC):
         victim.metrics.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(victim)
-
-    def _finish_reason(self, request: Request, num_tokens: int) -> FinishReason | None:
-        """Whether the request ends with its first ``num_tokens`` tokens, and why."""
-        params, token_id = request.sampling, request.token_ids[num_tokens - 1]
-        if num_tokens - request.num_prompt_tokens > params.min_tokens:  # the sampler masks them before that
-            if token_id in params.stop_token_ids:
-                return FinishReason.STOP
-            if token_id in self.limits.eos_token_ids and not params.ignore_eos:
-                return FinishReason.STOP
-        if num_tokens >= request.max_total_tokens:
-            return FinishReason.LENGTH
-        return None
 
     def _finish(
         self,
