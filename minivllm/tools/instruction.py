@@ -1,0 +1,40 @@
+"""Tools for a model whose chat template can't show any: said in words, as part of the messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minivllm.tools.style import ToolStyle
+from minivllm.tools.tool import Choice, Tool
+
+Message = Mapping[str, Any]
+
+
+def with_instruction(
+    messages: Sequence[Message], tools: Sequence[Tool], choice: Choice, style: ToolStyle
+) -> list[Message]:
+    """The messages, with a system message, or the end of theirs, that lists ``tools`` and says how to call."""
+    listed = "\n".join(json.dumps(tool.for_template()["function"], ensure_ascii=False) for tool in tools)
+    when = "To call a function, answer" if choice == "auto" else "Call a function: answer"
+    text = (
+        f"You can call these functions, described as JSON schemas:\n{listed}\n\n"
+        f"{when} in exactly this form:\n{style.pattern}"
+    )
+    if messages and messages[0]["role"] == "system":
+        first, *rest = messages
+        return [{**first, "content": f"{first['content']}\n\n{text}"}, *rest]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def with_calls_as_text(messages: Sequence[Message], style: ToolStyle) -> list[Message]:
+    """The messages, with the calls that the model made earlier as it wrote them."""
+    return [_with_calls_as_text(message, style) if "tool_calls" in message else message for message in messages]
+
+
+def _with_calls_as_text(message: Message, style: ToolStyle) -> Message:
+    functions = [call["function"] for call in message["tool_calls"]]
+    calls = style.separator.join(style.write(function["name"], function["arguments"]) for function in functions)
+    content = f"{message['content']}\n{calls}" if message["content"] else calls
+    return {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}
