@@ -18,6 +18,7 @@ from minivllm.errors import ContextLengthError, InvalidRequestError
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 MAX_N = 128
+MAX_LOGIT_BIAS = 1024
 
 
 PENDING_TOKEN = -1
@@ -68,8 +69,16 @@ class SamplingParams:
     """Token ids that end the answer, besides the model's own end-of-turn ids."""
     ignore_eos: bool = False
     """Go on past the model's end-of-turn ids."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """By token id, from -100 to 100: added to the logits before anything else."""
     logprobs: int | None = None
     """None: no log probabilities. k: that of the sampled token and of the k most likely ones."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, from the second on. Their prefix is not taken from the cache."""
+    include_stop_str_in_output: bool = False
+    """Whether the stop string that ended the answer is part of it."""
+    skip_special_tokens: bool = True
+    """Whether special tokens show no text."""
 
     def __post_init__(self) -> None:
         # A JSON array arrives as a list: keep the fields hashable and immutable.
@@ -88,8 +97,14 @@ class SamplingParams:
         self._check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
             self._check_int("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.logprobs is not None:
-            self._check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for param in ("logprobs", "prompt_logprobs"):
+            if getattr(self, param) is not None:
+                self._check_int(param, getattr(self, param), 0, MAX_LOGPROBS)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            self._refuse("logit_bias", f"at most {MAX_LOGIT_BIAS} tokens", len(self.logit_bias))
+        for token_id, bias in self.logit_bias.items():
+            self._check_int("logit_bias", token_id, 0, None)
+            self._check_float("logit_bias", bias, -100.0, 100.0)
         if len(self.stop) > MAX_STOP_STRINGS:
             self._refuse("stop", f"at most {MAX_STOP_STRINGS} stop strings", len(self.stop))
         for text in self.stop:
@@ -152,6 +167,8 @@ class TokenLogprob:
     logprob: float
     top: list[tuple[int, float]]
     """(token id, log probability) of the most likely tokens, best first; as many as asked for."""
+    rank: int | None = None
+    """Of a prompt's token: 1 for the most likely one."""
 
 
 @dataclass(slots=True)
@@ -195,6 +212,8 @@ class Request:
     """Chained hashes of the full blocks of ``token_ids``, as far as they were needed."""
     num_shareable_blocks: int = 0
     """Blocks at the start of the table that the prefix cache knows. Written by the block manager alone."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Where asked for: of the prompt's second token and those after it, as far as they are computed."""
     is_finished: bool = False
     """Whether its last event is out."""
 
@@ -230,6 +249,8 @@ class EngineEvent:
     new_token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
     """One for each new token, where the request asked for them."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """In a request's first event, where it asked for them: one for each token of its prompt but the first."""
     finish_reason: FinishReason | None = None
     error: str | None = None
     metrics: RequestMetrics | None = None
@@ -300,11 +321,15 @@ def check_request(prompt_token_ids: list[int], sampling: SamplingParams, info: E
             raise InvalidRequestError(
                 f"token ids must be from 0 to {info.vocab_size - 1}, got {token_id}", param="prompt"
             )
-    for token_id in sampling.stop_token_ids:
-        if token_id >= info.vocab_size:
-            raise InvalidRequestError(
-                f"stop_token_ids must be below {info.vocab_size}, got {token_id}", param="stop_token_ids"
-            )
+    for param, named_ids in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", sampling.logit_bias),
+    ):
+        for token_id in named_ids:
+            if token_id >= info.vocab_size:
+                raise InvalidRequestError(
+                    f"token ids in {param} must be below {info.vocab_size}, got {token_id}", param=param
+                )
     num_prompt, limit = len(prompt_token_ids), info.max_model_len
     if num_prompt >= limit:
         raise ContextLengthError(

@@ -64,13 +64,13 @@ def silu_and_mul_kernel(gate_up, out, row_stride, SIZE: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _to_cache(values, DTYPE: tl.constexpr):
+def _to_cache(values, dtype: tl.constexpr):
     """In the cache's dtype. Float8's largest number is 448; NaN stays NaN."""
-    if DTYPE == tl.float8e4nv:
+    if dtype == tl.float8e4nv:
         wide = values.to(tl.float32)
-        result = tl.where(wide > 448.0, 448.0, tl.where(wide < -448.0, -448.0, wide)).to(DTYPE)
+        result = tl.where(wide > 448.0, 448.0, tl.where(wide < -448.0, -448.0, wide)).to(dtype)
     else:
-        result = values.to(DTYPE)
+        result = values.to(dtype)
     return result
 
 
@@ -264,5 +264,7 @@ def rope_and_write_kv(
 def _rows(name: str, x: torch.Tensor) -> torch.Tensor:
     """``x`` with contiguous rows; refuses another dtype."""
     if x.ndim != 2 or x.dtype not in _DTYPES:
-        raise ValueError(f"{name} must be [T, N] of bfloat16, float16 or float32, got {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} must be [T, N] of bfloat16, float16 or float32, got {x.dtype} {tuple(x.shape)}"
+        )
     return x if x.stride(1) == 1 else x.contiguous()

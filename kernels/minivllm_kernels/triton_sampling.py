@@ -88,7 +88,7 @@ def draw_kernel(
     for start in range(0, STRETCH, BLOCK):
         tokens = stretch * STRETCH + start + tl.arange(0, BLOCK)
         noisy = tl.load(scores + tokens, mask=tokens < VOCAB, other=float("-inf")).to(tl.float32)
-        if not IS_GREEDY:
+        if not IS_GREEDY:  # noqa: SIM102  # known to the compiler, unlike what follows
             if temperature > 0.0:
                 noisy += temperature * _gumbel_noise(tokens, low, high)
         is_better = noisy > best  # NaN never is
@@ -202,7 +202,9 @@ def keep_likely_kernel(
                 else:
                     high, count_high, mass_high = middle, count, mass
             weight = (mass_low - mass_high) / (count_low - count_high)
-            num_inside = tl.minimum(tl.maximum(tl.ceil((target - mass_high) / weight), 1.0), VOCAB).to(tl.int32)
+            num_inside = tl.minimum(tl.maximum(tl.ceil((target - mass_high) / weight), 1.0), VOCAB).to(
+                tl.int32
+            )
             if low == low_of_top_k:  # both cut here
                 num_inside = tl.minimum(num_inside, most_inside)
     num_seen = 0

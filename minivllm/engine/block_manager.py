@@ -158,7 +158,8 @@ class PagedBlockManager(BlockManager):
         return blocks_for(num_tokens) <= self.num_blocks
 
     def admit(self, request: Request, headroom: int) -> bool:
-        hits = self._find_prefix(request) if self.use_prefix_cache else []
+        is_looked_up = self.use_prefix_cache and request.sampling.prompt_logprobs is None
+        hits = self._find_prefix(request) if is_looked_up else []
         num_new = blocks_for(len(request.token_ids)) - len(hits)
         # Hit blocks that nobody uses are in _cached: taking them makes fewer blocks free, too.
         num_revived = sum(self._ref_counts[block] == 0 for block in hits)
@@ -171,7 +172,7 @@ class PagedBlockManager(BlockManager):
         request.num_computed_tokens = len(hits) * BLOCK_SIZE
         request.num_shareable_blocks = len(hits)
         self._live[request.request_id] = request
-        if self.use_prefix_cache:
+        if is_looked_up:
             self.num_queried_tokens += len(request.token_ids)
             self.num_hit_tokens += request.num_computed_tokens
         return True

@@ -10,6 +10,7 @@ import torch
 from minivllm.config import BLOCK_SIZE
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.decode_graphs import DecodeGraphs
+from minivllm.engine.prompt_logprobs import score_prompts
 from minivllm.engine.sampler import Sample, sample
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
 from minivllm.models.attention import LayerCache
@@ -61,7 +62,9 @@ class TorchRunner:
         if self.graphs is not None and self.graphs.can_run(batch):
             logits_LV = self.graphs(flat)
         else:
-            logits_LV = self.model(flat, self.caches)
+            hidden = self.model.hidden(flat, self.caches)
+            logits_LV = self.model.logits(hidden, flat.logits_index_L)
+            score_prompts(self.model, hidden, batch)
         sampled = sample(logits_LV, requests, self.eos_token_ids, self.model.kernels)
         if self.runs_ahead:
             self._last_sampled = sampled

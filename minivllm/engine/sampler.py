@@ -1,6 +1,6 @@
 """From logits to tokens, for the whole batch at once.
 
-The order is: penalties and the mask of end-of-turn tokens, temperature, min-p, top-k, top-p, draw.
+The order is: biases, penalties and the mask of end-of-turn tokens, temperature, min-p, top-k, top-p, draw.
 
 A draw is the Gumbel-max trick (Maddison et al. 2014): each token's score gets noise of its own, and
 the largest sum wins. The noise is a hash of the request's seed, of how many tokens it has, and of
@@ -29,7 +29,7 @@ from minivllm_kernels import KernelBackend
 
 from minivllm.engine.scheduler import SampledToken
 from minivllm.engine.transfer import to_device, to_host
-from minivllm.request import Request, TokenLogprob
+from minivllm.request import Request, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +74,14 @@ def sample(
         eos_token_ids: masked while a request has fewer than ``min_tokens`` tokens.
     """
     params = [request.sampling for request in requests]
-    scores_LV = logits_LV
+    scores_LV = _add_biases(logits_LV, params)
     penalised = [
         row
         for row, p in enumerate(params)
         if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
     ]
     if penalised:
-        index = _index(penalised, logits_LV.device)
-        penalised_scores = _penalise(scores_LV[index].float(), [requests[row] for row in penalised])
-        scores_LV = scores_LV.float().index_copy(0, index, penalised_scores)
+        scores_LV = _penalise(scores_LV, penalised, [requests[row] for row in penalised])
     if any(request.num_output_tokens < request.sampling.min_tokens for request in requests):
         scores_LV = _mask_ends(scores_LV, requests, eos_token_ids)
     tokens_L = _draw(scores_LV, requests, kernels)
@@ -118,33 +116,51 @@ def _draw(scores_LV: torch.Tensor, requests: list[Request], kernels: KernelBacke
     return kernels.draw(scores_LV, temperature_L, to_device(_noise_keys(requests), device))
 
 
+def _add_biases(logits_LV: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    biases = {
+        row * logits_LV.shape[1] + token_id: bias
+        for row, p in enumerate(params)
+        for token_id, bias in p.logit_bias.items()
+    }
+    if not biases:
+        return logits_LV
+    device = logits_LV.device
+    values = to_device(np.array(list(biases.values()), dtype=np.float32), device)
+    scores = logits_LV.float().flatten().index_add(0, _index(list(biases), device), values)
+    return scores.view_as(logits_LV)
+
+
 def _index(values: list[int], device: torch.device) -> torch.Tensor:
     return to_device(np.array(values, dtype=np.int64), device)
 
 
-def _penalise(scores_LV: torch.Tensor, requests: list[Request]) -> torch.Tensor:
-    """Repetition penalty (Keskar et al. 2019) on prompt and output; presence and frequency on output."""
-    device = scores_LV.device
+def _penalise(scores_LV: torch.Tensor, rows: list[int], requests: list[Request]) -> torch.Tensor:
+    """Repetition penalty (Keskar et al. 2019) on prompt and output; presence and frequency on output.
 
-    def count(token_lists: list[list[int]]) -> torch.Tensor:
-        rows = np.repeat(np.arange(len(token_lists)), [len(tokens) for tokens in token_lists])
-        columns = np.fromiter(chain.from_iterable(token_lists), dtype=np.int64, count=len(rows))
-        index = to_device(rows * scores_LV.shape[1] + columns, device)
-        counts = torch.zeros_like(scores_LV).view(-1)  # bincount would wait for the device
-        return counts.scatter_add_(0, index, counts.new_ones(1).expand(len(index))).view_as(scores_LV)
-
-    def column(values: list[float]) -> torch.Tensor:
-        return to_device(np.array(values, dtype=np.float32), device)[:, None]
-
-    params = [request.sampling for request in requests]
-    seen_LV = count([request.token_ids for request in requests]) > 0
-    counts_LV = count([request.token_ids[request.num_prompt_tokens :] for request in requests])
-    repetition = column([p.repetition_penalty for p in params])
-    scores_LV = torch.where(
-        seen_LV, torch.where(scores_LV > 0, scores_LV / repetition, scores_LV * repetition), scores_LV
-    )
-    scores_LV = scores_LV - column([p.frequency_penalty for p in params]) * counts_LV
-    return scores_LV - column([p.presence_penalty for p in params]) * (counts_LV > 0)
+    Only the scores of tokens that occur are touched: the requests' own, in their ``rows``.
+    """
+    vocab_size, device = scores_LV.shape[1], scores_LV.device
+    lengths = [len(request.token_ids) for request in requests]
+    tokens = np.fromiter(chain.from_iterable(r.token_ids for r in requests), np.int64, count=sum(lengths))
+    request_of_token = np.repeat(np.arange(len(requests)), lengths)
+    # Places in the flat scores, P of them, and how often each one's token is in its request's output.
+    places_P, place_of_token = np.unique(request_of_token * vocab_size + tokens, return_inverse=True)
+    is_output = np.concatenate([np.arange(len(r.token_ids)) >= r.num_prompt_tokens for r in requests])
+    counts_P = np.bincount(place_of_token[is_output], minlength=len(places_P))
+    request_of_P = places_P // vocab_size
+    repetition, presence, frequency = np.array(
+        [
+            (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+            for p in (request.sampling for request in requests)
+        ]
+    ).T
+    summand_P = frequency[request_of_P] * counts_P + presence[request_of_P] * (counts_P > 0)
+    factor, summand = to_device(np.stack([repetition[request_of_P], summand_P]).astype(np.float32), device)
+    places = to_device(np.array(rows)[request_of_P] * vocab_size + places_P % vocab_size, device)
+    flat = scores_LV.float().flatten()
+    before = flat[places]
+    after = torch.where(before > 0, before / factor, before * factor) - summand
+    return flat.index_copy(0, places, after).view_as(scores_LV)
 
 
 def _mask_ends(
@@ -180,7 +196,7 @@ def _logprobs(logits_LV: torch.Tensor, tokens_L: torch.Tensor, counts: dict[int,
     """For the rows in ``counts``, under the model itself, before anything above.
 
     Returns:
-        float64 [R, 1 + 2C]: the chosen token's log probability, the ids of the most likely tokens, and theirs.
+        float64 [R, 1 + 2C]: the chosen token's log probability, the likeliest tokens' ids, and theirs.
     """
     rows = _index(list(counts), logits_LV.device)
     table_RV = torch.log_softmax(logits_LV[rows].float(), dim=-1)

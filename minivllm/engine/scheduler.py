@@ -33,6 +33,8 @@ class ScheduledRequest:
     """Position of the first of them."""
     is_sampled: bool = field(init=False)
     """Whether these are the sequence's last tokens, so that the next one is sampled."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """From the runner, where asked for: how likely the prompt's tokens are that come after these."""
 
     def __post_init__(self) -> None:
         self.start = self.request.num_computed_tokens
@@ -175,7 +177,11 @@ class Scheduler(ABC):
         events = []
         for item, token in zip(batch.requests, sampled, strict=True):
             request = item.request
-            if token is None or request.is_finished:
+            if request.is_finished:
+                continue
+            if item.prompt_logprobs is not None:
+                request.prompt_logprobs[item.start :] = item.prompt_logprobs
+            if token is None:
                 continue
             num_tokens = item.start + item.num_tokens + 1
             request.token_ids[num_tokens - 1] = token.token_id
@@ -184,9 +190,12 @@ class Scheduler(ABC):
             logprobs = None if token.logprob is None else [token.logprob]
             reason = self._finish_reason(request, num_tokens)
             if reason is None:
-                events.append(EngineEvent(request.request_id, [token.token_id], logprobs))
+                event = EngineEvent(request.request_id, [token.token_id], logprobs)
             else:
-                events.append(self._finish(request, [token.token_id], reason, logprobs=logprobs))
+                event = self._finish(request, [token.token_id], reason, logprobs=logprobs)
+            if request.sampling.prompt_logprobs is not None and num_tokens == request.num_prompt_tokens + 1:
+                event.prompt_logprobs = request.prompt_logprobs
+            events.append(event)
         return events
 
     def fail(self, batch: ScheduledBatch, error: str) -> list[EngineEvent]:
@@ -244,7 +253,14 @@ class Scheduler(ABC):
             self.waiting.remove(request)
         request.is_finished = True
         request.metrics.finished_time = time.monotonic()
-        return EngineEvent(request.request_id, new_token_ids, logprobs, reason, error, request.metrics)
+        return EngineEvent(
+            request.request_id,
+            new_token_ids,
+            logprobs,
+            finish_reason=reason,
+            error=error,
+            metrics=request.metrics,
+        )
 
 
 class ContinuousScheduler(Scheduler):

@@ -27,7 +27,7 @@ def to_host(tensor: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
         return tensor.numpy
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
-    is_there = torch.cuda.Event()
+    is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
     is_there.record()
 
     def wait() -> npt.NDArray[np.generic]:

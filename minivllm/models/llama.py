@@ -22,6 +22,9 @@ from minivllm.models.layers import (
     slot_bytes,
 )
 
+Hidden = tuple[torch.Tensor, torch.Tensor | None]
+"""What the layers leave: the last one's output and the residual, each [T, N], to be added."""
+
 
 class MLP:
     """Norm, then SwiGLU: ``down(silu(gate(x)) * up(x))``."""
@@ -87,16 +90,23 @@ class Llama:
 
     def __call__(self, batch: FlatBatch, caches: list[LayerCache]) -> torch.Tensor:
         """One step. Writes this step's keys and values to ``caches``; returns logits [L, V]."""
+        return self.logits(self.hidden(batch, caches), batch.logits_index_L)
+
+    def hidden(self, batch: FlatBatch, caches: list[LayerCache]) -> Hidden:
+        """The layers alone. Writes this step's keys and values to ``caches``."""
         cos_TD, sin_TD = self.rotary(batch.positions_T)
         x_TN = self.kernels.embedding(batch.input_ids_T, self.embedding)
         residual_TN: torch.Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
             x_TN, residual_TN = layer(x_TN, residual_TN, cos_TD, sin_TD, batch, cache)
-        # Only the last token of each sequence that gets a new one needs the large product.
-        last_L = batch.logits_index_L
+        return x_TN, residual_TN
+
+    def logits(self, hidden: Hidden, index_L: torch.Tensor) -> torch.Tensor:
+        """The last norm and the large product, for some of the step's tokens only: [L, V]."""
+        x_TN, residual_TN = hidden
         logits_LV, _ = self.kernels.rms_norm_linear(
-            x_TN[last_L],
-            None if residual_TN is None else residual_TN[last_L],
+            x_TN[index_L],
+            None if residual_TN is None else residual_TN[index_L],
             self.norm_weight,
             self.config.rms_norm_eps,
             self.lm_head,

@@ -36,6 +36,10 @@ class Backend:
         """Triton's interpreter: give it small tensors."""
         return self.kernels.name == "triton" and self.device.type == "cpu"
 
+    def size(self, full: int, *, slow: int) -> int:
+        """A test's size: the full one, except in the interpreter."""
+        return slow if self.is_slow else full
+
 
 @pytest.fixture(params=BACKENDS, ids=lambda pair: "-".join(pair))
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
