@@ -190,7 +190,8 @@ class GenerationRequest(StrictModel):
         return param
 
     def _sampling_fields(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
+        names = [field.name for field in fields(SamplingParams) if field.name in type(self).model_fields]
+        return {name: getattr(self, name) for name in names}
 
 
 class CompletionRequest(GenerationRequest):

@@ -61,7 +61,9 @@ def tool_grammar(
             raise
         rules += lines
     rules.append(f"call: {' | '.join(f'f{i}' for i in offered)}")
-    answer = [*_ANSWERS[style.name](choice == "required", is_parallel)]
+    # Where a tag may open reasoning, text begins with something else, to tell them apart.
+    no_text = "<" if may_reason and not is_reasoning else ""
+    answer = [*_ANSWERS[style.name](choice == "required", is_parallel, no_text)]
     if may_reason or is_reasoning:
         opening = "" if is_reasoning else f"{_text(reasoning.OPEN)} "
         answer += [
@@ -76,34 +78,34 @@ def tool_grammar(
     return grammar
 
 
-def _hermes(is_required: bool, is_parallel: bool) -> Iterator[str]:
+def _hermes(is_required: bool, is_parallel: bool, no_text: str) -> Iterator[str]:
     """Text may come before and after calls, but whatever follows an opening tag is a call."""
     if is_required:
         yield f"answer: tagged{_more('tagged', _NEWLINE) if is_parallel else ''}"
         yield f"tagged: {_text('<tool_call>')} inside"
     else:
         yield f"answer: {'tagged* TEXT' if is_parallel else 'tagged | TEXT'}"
-        yield "TEXT: /(.|\\n)*/"
+        yield f"TEXT: /([^{no_text}](.|\\n)*)?/" if no_text else "TEXT: /(.|\\n)*/"
         yield "tagged: opened inside"
         yield f"opened[lazy]: TEXT {_text('<tool_call>')}"
     yield f"inside: {_NEWLINE} call {_text(chr(10) + '</tool_call>')}"
 
 
-def _llama_json(is_required: bool, is_parallel: bool) -> Iterator[str]:
+def _llama_json(is_required: bool, is_parallel: bool, no_text: str) -> Iterator[str]:
     """Text may not begin as a call does."""
     yield f"answer: {'calls' if is_required else '(calls | TEXT)?'}"
     yield f"calls: call{_more('call', _text('; ')) if is_parallel else ''}"
-    yield "TEXT: /[^\\s{<;](.|\\n)*/"
+    yield "TEXT: /[^\\s{<;](.|\\n)*/"  # < begins <|python_tag|>
 
 
-def _pythonic(is_required: bool, is_parallel: bool) -> Iterator[str]:
+def _pythonic(is_required: bool, is_parallel: bool, no_text: str) -> Iterator[str]:
     """Text may not begin as a call does."""
     yield f"answer: {'calls' if is_required else '(calls | TEXT)?'}"
     yield f'calls: "[" call{_more("call", _text(", ")) if is_parallel else ""} "]"'
-    yield "TEXT: /[^\\s\\[](.|\\n)*/"
+    yield f"TEXT: /[^\\s\\[{no_text}](.|\\n)*/"
 
 
-_ANSWERS: dict[str, Callable[[bool, bool], Iterator[str]]] = {
+_ANSWERS: dict[str, Callable[[bool, bool, str], Iterator[str]]] = {
     "hermes": _hermes,
     "llama3_json": _llama_json,
     "pythonic": _pythonic,

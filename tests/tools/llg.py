@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 
@@ -25,8 +27,8 @@ def accepts(grammar: str, text: str) -> bool:
     return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
 
 
-def write_at_random(grammar: str, choose: object, max_bytes: int = 400) -> str | None:
-    """An answer that ``choose`` (a ``random.Random``) writes byte by byte; None if it has no end by then."""
+def write_at_random(grammar: str, rng: random.Random, max_bytes: int = 400) -> str | None:
+    """An answer that ``rng`` writes byte by byte; None if it has no end by then."""
     matcher = LLMatcher(_TOKENIZER, grammar, log_level=0)
     data = bytearray()
     while len(data) < max_bytes:
@@ -34,8 +36,8 @@ def write_at_random(grammar: str, choose: object, max_bytes: int = 400) -> str |
         allowed = [byte for byte in range(257) if mask[byte]]
         # Mostly printable ASCII, so that strings end some day and are readable; quotes more often.
         good = [b for b in allowed if 32 <= b < 127 or b == 256] or allowed
-        likely = [b for b in good if b in b'"}],)' or b == 256]
-        byte = choose.choice(likely if likely and choose.random() < 0.5 else good)  # type: ignore[attr-defined]
+        likely = [b for b in good if b in (*b'"}],)', 256)]
+        byte = rng.choice(likely if likely and rng.random() < 0.5 else good)
         if byte == 256:
             return data.decode()
         assert matcher.consume_token(byte)

@@ -6,7 +6,6 @@ import json
 import random
 from typing import Any
 
-import jsonschema
 import pytest
 
 from minivllm.errors import InvalidRequestError
@@ -34,12 +33,33 @@ TOOLS = [Tool("get", None, NOTHING), Tool("get_weather", "The weather.", WEATHER
 
 def write(style: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
     if style == "pythonic":
-        return f"[{', '.join(STYLES[style].write(*call)[1:-1] for call in calls)}]"
+        written = (f"{name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in a.items())})" for name, a in calls)
+        return f"[{', '.join(written)}]"
     return STYLES[style].separator.join(STYLES[style].write(*call) for call in calls)
 
 
 PARIS = ("get_weather", {"city": "Paris"})
 LONG = ("get_weather", {"city": 'é"\\', "unit": "celsius", "days": [1, 7]})
+
+
+def is_valid(name: str, arguments: Any) -> bool:
+    """The two schemas above, in Python."""
+    if not isinstance(arguments, dict) or name == "get":
+        return arguments == {}
+    known = {"city", "unit", "days"}
+    days = arguments.get("days", [])
+    return (
+        "city" in arguments
+        and arguments.keys() <= known
+        and isinstance(arguments["city"], str)
+        and len(arguments["city"]) <= 8
+        and arguments.get("unit", "celsius") in ("celsius", "fahrenheit")
+        and isinstance(days, list)
+        and len(days) <= 2
+        and all(type(day) is int and 1 <= day <= 7 for day in days)
+    )
+
+
 GOOD = [[PARIS], [LONG], [("get", {})]]
 SEVERAL = [[PARIS, LONG, ("get", {}), PARIS]]
 BAD = [
@@ -127,8 +147,7 @@ def test_what_is_written_is_read_back(style: str) -> None:
         assert content == ""
         assert calls
         for name, arguments in calls:
-            schema = next(tool.parameters for tool in TOOLS if tool.name == name)
-            jsonschema.validate(json.loads(arguments), schema)
+            assert is_valid(name, json.loads(arguments)), text
     assert num_whole > 20
 
 
@@ -150,9 +169,9 @@ def nested(depth: int) -> dict[str, Any]:
         ({"type": "frob"}, "frob"),
         ({"type": "string", "pattern": "(("}, "regex"),
         ({"type": "string", "pattern": "(?=x)y"}, "regex"),
-        ({"type": "integer", "minimum": 5, "maximum": 4}, ""),
-        (False, ""),
-        (5, ""),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "nsatisfiable"),
+        (False, "nsatisfiable"),
+        (5, "5|object"),
     ],
 )
 def test_schemas_that_cannot_be_followed(style: str, value: Any, words: str) -> None:
@@ -170,7 +189,7 @@ def test_schemas_that_cannot_be_followed(style: str, value: Any, words: str) -> 
         {"type": "object", "properties": {"a": {"type": "string", "pattern": "(a+)+$"}}},
         {"type": "object", "properties": {"a": {"type": "string", "pattern": "(.*a){30}"}}},
         {"type": "object", "properties": {"a": {"enum": ["x" * 50_000]}}},
-        {"type": "object", "properties": {f"a{i}": {"type": "string"} for i in range(500)}},
+        {"type": "object", "properties": {f"a{i}": {"type": "string"} for i in range(50)}},
         {"type": "object", "properties": {'a"\n %json {': {}}},
         {"type": "object", "properties": {"a": {"x-guidance": {"lenient": True}, "type": "string"}}},
         {"type": "object", "$defs": {"a": {"properties": {"b": {"$ref": "#/$defs/a"}}}}, "properties": {}},
