@@ -46,11 +46,16 @@ class CompletionStream:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         index: int = 0,
+        *,
+        shown_token_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """``shown_token_ids``: special tokens that show their text all the same."""
         self.needs_abort = False
         """A stop string was found while the engine goes on: the caller must abort the request there."""
         self._min_tokens = sampling.min_tokens
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_token_ids, shown_token_ids=shown_token_ids
+        )
         self._matcher = StopStringMatcher(sampling.stop)
         self._texts: list[str] = []  # not in the output yet: joining at every token would be quadratic
         self._output = CompletionOutput(

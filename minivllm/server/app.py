@@ -11,6 +11,7 @@ import minivllm
 from minivllm.config import ServerConfig
 from minivllm.errors import EngineDeadError, InvalidRequestError
 from minivllm.server.body import BodyLimitMiddleware, JsonRoute
+from minivllm.server.chat import ChatStyle
 from minivllm.server.context import Engine, ServerContext, ServerState
 from minivllm.server.errors import add_error_handlers, error_response
 from minivllm.server.openai import openai_router
@@ -31,11 +32,11 @@ def create_app(
     Args:
         engine: started, and stopped by the caller.
         tokenizer: the model's.
-        server_config: only ``max_body_size`` is read here.
+        server_config: ``max_body_size`` and how answers are parsed are read here.
         model_name: what clients ask for.
         state: the caller's handle on the running application.
     """
-    context = ServerContext(engine, tokenizer, model_name, state)
+    context = ServerContext(engine, tokenizer, model_name, state, ChatStyle.of(tokenizer, server_config))
     app = FastAPI(
         title="minivllm",
         version=minivllm.__version__,

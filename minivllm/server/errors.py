@@ -34,6 +34,8 @@ _EXPECTED = {
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
     "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "dict_type": "an object",
 }
 """By pydantic's type of error, what the value should have been."""
 

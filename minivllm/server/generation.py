@@ -50,14 +50,28 @@ def make_samples(
 
 
 async def run_samples(
-    context: ServerContext, samples: list[Sample], on_delta: OnDelta | None = None
+    context: ServerContext,
+    samples: list[Sample],
+    shown_token_ids: frozenset[int] = frozenset(),
+    on_delta: OnDelta | None = None,
 ) -> list[CompletionOutput]:
-    """Run all samples at once; when one fails, or this is cancelled, the others are aborted."""
-    return await run_all(_run_sample(context, sample, on_delta) for sample in samples)
+    """Run all samples at once; when one fails, or this is cancelled, the others are aborted.
+
+    ``shown_token_ids``: special tokens that show their text all the same.
+    """
+    return await run_all(_run_sample(context, sample, shown_token_ids, on_delta) for sample in samples)
 
 
-async def _run_sample(context: ServerContext, sample: Sample, on_delta: OnDelta | None) -> CompletionOutput:
-    stream = CompletionStream(context.tokenizer, sample.prompt_token_ids, sample.sampling, sample.index)
+async def _run_sample(
+    context: ServerContext, sample: Sample, shown_token_ids: frozenset[int], on_delta: OnDelta | None
+) -> CompletionOutput:
+    stream = CompletionStream(
+        context.tokenizer,
+        sample.prompt_token_ids,
+        sample.sampling,
+        sample.index,
+        shown_token_ids=shown_token_ids,
+    )
     events = context.engine.generate(sample.request_id, sample.prompt_token_ids, sample.sampling)
     async with contextlib.aclosing(events):
         async for event in events:

@@ -18,8 +18,9 @@ from fastapi.responses import JSONResponse
 
 from minivllm.completion import CompletionDelta
 from minivllm.errors import InvalidRequestError
-from minivllm.request import CompletionOutput, FinishReason
+from minivllm.request import CompletionOutput, FinishReason, SamplingParams
 from minivllm.server.body import JsonRoute
+from minivllm.server.chat import ChatTurn
 from minivllm.server.context import ServerContext
 from minivllm.server.formats import ChatFormat, Choice, CompletionFormat, Format
 from minivllm.server.generation import Sample, make_samples, run_samples
@@ -53,19 +54,17 @@ def openai_router(context: ServerContext) -> APIRouter:
 
     @router.post("/completions", response_model=Completion)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
-        def encode() -> list[list[int]]:
+        def prepare(sampling: SamplingParams) -> tuple[list[list[int]], SamplingParams]:
             return [
                 tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts
-            ]
+            ], sampling
 
-        return await _generate(context, request, body, encode, CompletionFormat(tokenizer))
+        return await _generate(context, request, body, prepare, CompletionFormat(tokenizer))
 
     @router.post("/chat/completions", response_model=ChatCompletion)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
-        def encode() -> list[list[int]]:
-            return [tokenizer.encode_chat([message.for_template() for message in body.messages])]
-
-        return await _generate(context, request, body, encode, ChatFormat(tokenizer))
+        turn = ChatTurn(body, tokenizer, context.chat_style)
+        return await _generate(context, request, body, turn.prepare, ChatFormat(tokenizer, turn))
 
     return router
 
@@ -74,17 +73,21 @@ async def _generate(
     context: ServerContext,
     request: Request,
     body: GenerationRequest,
-    encode: Callable[[], list[list[int]]],
+    prepare: Callable[[SamplingParams], tuple[list[list[int]], SamplingParams]],
     wording: Format,
 ) -> Response:
-    """Answer ``body``, for as long as the client is there. ``encode`` makes the prompts' token ids."""
+    """Answer ``body``, for as long as the client is there.
+
+    ``prepare`` makes the prompts' token ids, and what they ask of the sampling parameters beside.
+    """
     context.check_ready()
     context.check_model(body.model)
     sampling = body.sampling_params()
     answer_id = wording.id_prefix + uuid.uuid4().hex
 
     def make() -> list[Sample]:
-        return make_samples(answer_id, encode(), sampling, body.default_max_tokens, context.engine.info)
+        prompts, prepared = prepare(sampling)
+        return make_samples(answer_id, prompts, prepared, body.default_max_tokens, context.engine.info)
 
     try:
         # In a thread: a long prompt takes a while, and other clients' streams must not wait for it.
@@ -114,7 +117,7 @@ class _Answer:
 
     async def whole(self) -> dict[str, object]:
         """Run all samples, then word them."""
-        outputs = await run_samples(self.context, self.samples)
+        outputs = await run_samples(self.context, self.samples, self.wording.shown_token_ids)
         choices = [
             self.wording.choice(o.index, o.text, o.logprobs, _stop_reason(o.finish_reason)) for o in outputs
         ]
@@ -130,15 +133,18 @@ class _Answer:
         async def on_delta(index: int, delta: CompletionDelta) -> None:
             # No text yet: half a character, or what may become a stop string.
             if delta.text or delta.logprobs:
-                await emit_chunk([self.wording.chunk_choice(index, delta.text, delta.logprobs)])
+                choice = self.wording.chunk_choice(index, delta.text, delta.logprobs)
+                if choice is not None:
+                    await emit_chunk([choice])
             if delta.finish_reason is not None:
-                await emit_chunk([self.wording.closing(index, _stop_reason(delta.finish_reason))])
+                for choice in self.wording.closing(index, _stop_reason(delta.finish_reason)):
+                    await emit_chunk([choice])
 
         for sample in self.samples:
             opening = self.wording.opening(sample.index)
             if opening is not None:
                 await emit_chunk([opening])
-        outputs = await run_samples(self.context, self.samples, on_delta)
+        outputs = await run_samples(self.context, self.samples, self.wording.shown_token_ids, on_delta)
         if self.include_usage:
             await emit_chunk([], self._usage(outputs))
 

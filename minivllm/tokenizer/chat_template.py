@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateSyntaxError, nodes
+from jinja2 import TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -24,9 +24,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises :class:`InvalidRequestError` where ``source`` isn't valid Jinja."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-        )
+        environment = _environment()
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
@@ -38,8 +36,14 @@ class ChatTemplate:
             ) from None
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        """The prompt for ``messages``. Fields that are None count as left out.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool,
+    ) -> str:
+        """The prompt for ``messages``, and ``tools``. A message's fields that are None count as left out.
 
         Raises :class:`InvalidRequestError` with the template's message where it refuses the
         messages, and with what went wrong where it can't handle them.
@@ -51,7 +55,7 @@ class ChatTemplate:
             **self._special_tokens,
             "messages": given,
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": tools,
             "documents": None,
         }
         pieces: list[str] = []
@@ -71,6 +75,20 @@ class ChatTemplate:
                 f"the chat template can't render these messages: {reason}", param="messages"
             ) from error
         return "".join(pieces)
+
+
+def takes_tools(source: str) -> bool:
+    """Whether a template reads the variable ``tools``. One that isn't valid Jinja does nothing."""
+    try:
+        return "tools" in meta.find_undeclared_variables(_environment().parse(source))
+    except TemplateError:
+        return False
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
 
 
 class _RefusedByTemplate(TemplateError):

@@ -22,8 +22,16 @@ class IncrementalDetokenizer:
     at the very start of a text is hidden only where the prompt shows no text before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        *,
+        shown_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """``shown_token_ids``: special tokens that show their text all the same."""
         self._tokenizer = tokenizer
+        self._hidden_token_ids = tokenizer.special_token_ids - shown_token_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         tail = self._last_bytes(prompt_token_ids)
         self._decoder.decode(tail)
@@ -31,7 +39,7 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that ``token_ids`` complete."""
-        data = self._tokenizer.join_bytes(token_ids)
+        data = self._tokenizer.join_bytes(token_ids, hidden=self._hidden_token_ids)
         if self._is_at_start and data:
             self._is_at_start = False
             data = data.removeprefix(b" ")

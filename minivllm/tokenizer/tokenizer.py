@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,24 @@ class Tokenizer:
         return self._template_source is not None
 
     @property
+    def chat_template(self) -> str | None:
+        """The template's text."""
+        return self._template_source
+
+    @cached_property
+    def chat_template_takes_tools(self) -> bool:
+        """Whether the template does something with tools, or is missing, or broken: then nothing does."""
+        if self._template_source is None:
+            return False
+        from minivllm.tokenizer.chat_template import takes_tools
+
+        return takes_tools(self._template_source)
+
+    def special_ids_of(self, texts: Collection[str]) -> frozenset[int]:
+        """Those of :attr:`special_token_ids` whose text is one of ``texts``."""
+        return frozenset(i for i in self.special_token_ids if self.token_to_text(i) in texts)
+
+    @property
     def strips_leading_space(self) -> bool:
         """Whether one space at the very start of a text isn't shown (SentencePiece put it there)."""
         return self._alphabet.strips_leading_space
@@ -108,9 +126,16 @@ class Tokenizer:
             data = data.removeprefix(b" ")
         return data.decode(errors="replace")
 
-    def join_bytes(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> bytes:
-        """The bytes of ``token_ids``, one after the other."""
-        hidden = self.special_token_ids if skip_special_tokens else frozenset()
+    def join_bytes(
+        self,
+        token_ids: Iterable[int],
+        *,
+        skip_special_tokens: bool = True,
+        hidden: frozenset[int] | None = None,
+    ) -> bytes:
+        """The bytes of ``token_ids``, one after the other; with ``hidden``, all but those."""
+        if hidden is None:
+            hidden = self.special_token_ids if skip_special_tokens else frozenset()
         return b"".join(self.token_bytes(token_id) for token_id in token_ids if token_id not in hidden)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -143,9 +168,15 @@ class Tokenizer:
         self._template = self._compile(source)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
         """The prompt for ``messages`` (``role`` and ``content``, a string), in the model's own format.
+
+        ``tools`` are what the template shows of functions, if it :attr:`chat_template_takes_tools`.
 
         Raises :class:`InvalidRequestError` where the model has no template, or the template refuses
         the messages.
@@ -158,7 +189,7 @@ class Tokenizer:
                     param="messages",
                 )
             self._template = self._compile(self._template_source)
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False

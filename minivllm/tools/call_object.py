@@ -44,7 +44,8 @@ class CallObject:
         return "".join(self._held)
 
     def push(self, char: str) -> bool:
-        """Read a character; False where it can't be part of the object: it failed, and ``held`` is content."""
+        """Read a character; False where it can't be part of the object: the object failed, and ``held``
+        is content."""
         if self._is_streaming:
             self._events.arguments(char)
             return self._in_arguments(char)

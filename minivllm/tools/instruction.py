@@ -15,7 +15,7 @@ Message = Mapping[str, Any]
 def with_instruction(
     messages: Sequence[Message], tools: Sequence[Tool], choice: Choice, style: ToolStyle
 ) -> list[Message]:
-    """The messages, with a system message, or the end of theirs, that lists ``tools`` and says how to call."""
+    """The messages, with a system message, or more in theirs, that lists ``tools`` and the form."""
     listed = "\n".join(json.dumps(tool.for_template()["function"], ensure_ascii=False) for tool in tools)
     when = "To call a function, answer" if choice == "auto" else "Call a function: answer"
     text = (
@@ -30,11 +30,15 @@ def with_instruction(
 
 def with_calls_as_text(messages: Sequence[Message], style: ToolStyle) -> list[Message]:
     """The messages, with the calls that the model made earlier as it wrote them."""
-    return [_with_calls_as_text(message, style) if "tool_calls" in message else message for message in messages]
+    return [
+        _with_calls_as_text(message, style) if "tool_calls" in message else message for message in messages
+    ]
 
 
 def _with_calls_as_text(message: Message, style: ToolStyle) -> Message:
     functions = [call["function"] for call in message["tool_calls"]]
-    calls = style.separator.join(style.write(function["name"], function["arguments"]) for function in functions)
+    calls = style.separator.join(
+        style.write(function["name"], function["arguments"]) for function in functions
+    )
     content = f"{message['content']}\n{calls}" if message["content"] else calls
     return {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}

@@ -94,9 +94,7 @@ class PythonicParser:
             self._events.arguments(f"{', ' if self._has_arguments else ''}{keyword}: ")
             self._has_arguments = True
             self._value, self._step = PythonLiteral(), self._in_value
-        elif char in _WHITESPACE or (
-            f"_{char}".isidentifier() and self._keyword[-1] not in _WHITESPACE
-        ):
+        elif char in _WHITESPACE or (f"_{char}".isidentifier() and self._keyword[-1] not in _WHITESPACE):
             self._keyword += char
             if len(self._keyword) > MAX_KEYWORD_CHARS:
                 self._held.pop()

@@ -10,7 +10,14 @@ MAX_SCALAR_CHARS = 400
 """Of a number or a name. Strings have no limit: they pass through."""
 
 _WHITESPACE = " \t\r\n"
-_CONSTANTS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
+_CONSTANTS = {
+    "True": "true",
+    "False": "false",
+    "None": "null",
+    "true": "true",
+    "false": "false",
+    "null": "null",
+}
 _ESCAPES = {"n": "\\n", "t": "\\t", "r": "\\r", "b": "\\b", "f": "\\f", "a": "\\u0007", "v": "\\u000b"}
 _ESCAPES |= {"\\": "\\\\", "'": "'", '"': '\\"', "/": "/", "\n": ""}
 _HEX_DIGITS = {"x": 2, "u": 4, "U": 8}

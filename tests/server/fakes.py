@@ -88,7 +88,9 @@ class FakeEngine:
                 elif place + 1 == len(tokens):
                     reason = FinishReason.STOP
                 is_finished = reason is not None
-                yield EngineEvent(request_id, [token], _logprobs(place, token, sampling), reason)
+                yield EngineEvent(
+                    request_id, [token], _logprobs(place, token, sampling), finish_reason=reason
+                )
                 if is_finished:
                     return
         finally:

@@ -33,7 +33,10 @@ TOOLS = [Tool("get", None, NOTHING), Tool("get_weather", "The weather.", WEATHER
 
 def write(style: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
     if style == "pythonic":
-        written = (f"{name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in a.items())})" for name, a in calls)
+        written = (
+            f"{name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in a.items())})"
+            for name, a in calls
+        )
         return f"[{', '.join(written)}]"
     return STYLES[style].separator.join(STYLES[style].write(*call) for call in calls)
 
@@ -199,8 +202,8 @@ def test_hostile_schemas_are_followed_or_refused(style: str, schema: dict[str, A
     """In bounded time, whatever is decided."""
     try:
         grammar = tool_grammar(STYLES[style], [Tool("f", None, schema)], "required", is_parallel=True)
-    except InvalidRequestError as error:
-        assert error.param == "tools[0].function.parameters"
+    except InvalidRequestError:
+        assert style == "pythonic", "JSON can hold all of these"
     else:
         assert accepts(grammar, write(style, [("f", {})]))
 
@@ -217,7 +220,11 @@ def test_python_needs_keywords() -> None:
 
 
 def test_every_order_of_optional_keywords() -> None:
-    schema = {"type": "object", "properties": {c: {"type": "integer"} for c in "abcd"}, "required": ["b", "c"]}
+    schema = {
+        "type": "object",
+        "properties": {c: {"type": "integer"} for c in "abcd"},
+        "required": ["b", "c"],
+    }
     grammar = tool_grammar(STYLES["pythonic"], [Tool("f", None, schema)], "required", is_parallel=False)
     for chosen in range(16):
         names = [c for i, c in enumerate("abcd") if chosen >> i & 1]

@@ -31,7 +31,8 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("llama3_json", '{"name": "f"}', "", [("f", "{}")]),
     (
         "llama3_json",
-        '{"name": "f", "parameters": {"a": 1}}; {"name": "get", "parameters": {}};\n{"name": "f", "parameters": {}} ',
+        '{"name": "f", "parameters": {"a": 1}}; {"name": "get", "parameters": {}};\n'
+        '{"name": "f", "parameters": {}} ',
         "",
         [("f", '{"a": 1}'), ("get", "{}"), ("f", "{}")],
     ),
@@ -161,7 +162,11 @@ def test_every_split(kind: str, text: str, content: str, calls: list[tuple[str, 
 ARGUMENTS = st.dictionaries(
     st.text(max_size=5),
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
         max_leaves=6,
     ),
@@ -194,7 +199,11 @@ def test_json_calls(kind: str, calls: Any, indent: int | None, ascii: bool, seed
 KEYWORDS = st.dictionaries(
     st.text("abcdé_", min_size=1, max_size=5),
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
         max_leaves=6,
     ),
@@ -214,8 +223,38 @@ def test_python_calls(calls: Any, seed: int) -> None:
 
 
 PIECES = [
-    *("<tool_call>", "</tool_call>", "<", TAG, "{", "}", "[", "]", "(", ")", '"', "'", "\\", ",", ":", ";", "="),
-    *(" ", "\n", "name", '"name": "f"', '"arguments": {', '"parameters": {', "f(", "a=", "1", "True", "hello"),
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "<",
+        TAG,
+        "{",
+        "}",
+        "[",
+        "]",
+        "(",
+        ")",
+        '"',
+        "'",
+        "\\",
+        ",",
+        ":",
+        ";",
+        "=",
+    ),
+    *(
+        " ",
+        "\n",
+        "name",
+        '"name": "f"',
+        '"arguments": {',
+        '"parameters": {',
+        "f(",
+        "a=",
+        "1",
+        "True",
+        "hello",
+    ),
 ]
 
 
