@@ -145,6 +145,20 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert logprobs.text_offset[0] == 0
 
 
+def test_tools_that_the_model_may_call(client: openai.OpenAI) -> None:
+    """Its chat template shows no tools, so it is told of them in words; what it then says is up to it."""
+    tool = {"type": "function", "function": {"name": "get_time", "description": "The time of day."}}
+    ask = {"model": EMBEDDED_MODEL, "messages": CAPITAL, "temperature": 0, "tools": [tool], "max_tokens": 48}
+    with_tools = client.chat.completions.create(**ask)
+    assert with_tools.usage.prompt_tokens > 36
+    with client.chat.completions.stream(**ask) as stream:
+        streamed = stream.get_final_completion()
+    assert streamed.choices[0].message.content == with_tools.choices[0].message.content
+    without = client.chat.completions.create(**ask, tool_choice="none")
+    assert without.choices[0].message.content == "The capital of France is Paris."
+    assert without.usage.prompt_tokens == 36
+
+
 def test_errors_are_the_package_s_own(client: openai.OpenAI) -> None:
     ask = {"model": EMBEDDED_MODEL, "messages": CAPITAL}
     with pytest.raises(openai.NotFoundError) as not_found:
@@ -160,8 +174,8 @@ def test_errors_are_the_package_s_own(client: openai.OpenAI) -> None:
     assert "8192" in too_long.value.message
     assert "9000" in too_long.value.message
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(**ask, tools=[{"type": "function", "function": {"name": "f"}}])
-    assert unsupported.value.param == "tools"
+        client.chat.completions.create(**ask, verbosity="low")
+    assert unsupported.value.param == "verbosity"
     with pytest.raises(openai.BadRequestError) as unknown:
         client.chat.completions.create(**ask, extra_body={"temprature": 1})
     assert "temperature" in unknown.value.message
