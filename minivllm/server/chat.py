@@ -15,7 +15,7 @@ from minivllm.server.tool_protocol import NamedTool
 from minivllm.tokenizer.tokenizer import Tokenizer
 from minivllm.tools import reasoning
 from minivllm.tools.grammar import tool_grammar
-from minivllm.tools.instruction import with_calls_as_text, with_instruction
+from minivllm.tools.messages import with_calls_as_text, with_instruction, with_names
 from minivllm.tools.reasoning import ReasoningSplitter
 from minivllm.tools.style import HERMES, STYLES, ToolStyle, style_of_template
 from minivllm.tools.tool import Choice, Tool
@@ -95,7 +95,9 @@ class ChatTurn:
 
     def render(self) -> str:
         """The prompt's text."""
-        messages: Sequence[Mapping[str, Any]] = [message.for_template() for message in self._body.messages]
+        messages: Sequence[Mapping[str, Any]] = with_names(
+            [message.for_template() for message in self._body.messages]
+        )
         if self._style.template_shows_tools:
             tools = [tool.for_template() for tool in self._tools] or None
             return self._tokenizer.apply_chat_template(messages, tools=tools)

@@ -70,7 +70,7 @@ class FunctionTool(StrictModel):
         """The tool, its parameters a schema in any case."""
         function = self.function
         parameters = function.parameters or _NO_PARAMETERS
-        return Tool(function.name, function.description, parameters, function.strict)
+        return Tool(function.name, function.description or "", parameters, function.strict)
 
 
 class FunctionName(StrictModel):

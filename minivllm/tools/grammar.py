@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,9 @@ from minivllm.tools.tool import Choice, Tool
 # JSON as Python writes it, which models have seen most; free whitespace is where weak ones get lost.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANY_OBJECT = {"type": "object"}
+
+MAX_GRAMMAR_CHARS = 256 * 1024
+_STACK_SIZE = 2**28
 
 # What the schema of a function's parameters may say beside "properties" if they are to be keywords.
 _KEYWORD_SCHEMA = frozenset(
@@ -48,18 +53,12 @@ def tool_grammar(
     Raises:
         InvalidRequestError: a schema that can't be followed; ``param`` says whose.
     """
-    rules: list[str] = []
     offered = [i for i, tool in enumerate(tools) if named in (None, tool.name)]
+    rules: list[str] = []
     for i in offered:
-        tool = tools[i]
-        holds = choice == "required" or tool.is_strict
-        try:
-            lines = [*_call(style.name, f"f{i}", tool, tool.parameters if holds else None)]
-            _check("\n".join([f"start: f{i}", *lines]))
-        except InvalidRequestError as error:
-            error.param = f"tools[{i}].function.parameters"
-            raise
-        rules += lines
+        holds = choice == "required" or tools[i].is_strict
+        with _blaming(i):
+            rules += _call(style.name, f"f{i}", tools[i], tools[i].parameters if holds else None)
     rules.append(f"call: {' | '.join(f'f{i}' for i in offered)}")
     # Where a tag may open reasoning, text begins with something else, to tell them apart.
     no_text = "<" if may_reason and not is_reasoning else ""
@@ -74,8 +73,26 @@ def tool_grammar(
     else:
         answer.append("start: answer")
     grammar = "\n".join([*answer, *rules]) + "\n"
-    _check(grammar)
+    try:
+        _check(grammar)
+    except InvalidRequestError:
+        for i in offered:  # by itself, to say which it is
+            with _blaming(i):
+                _check(
+                    "\n".join([f"start: f{i}", *_call(style.name, f"f{i}", tools[i], tools[i].parameters)])
+                )
+        raise
     return grammar
+
+
+@contextlib.contextmanager
+def _blaming(index: int) -> Iterator[None]:
+    """What a tool's schema is refused for names the tool."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        error.param = f"tools[{index}].function.parameters"
+        raise
 
 
 def _hermes(is_required: bool, is_parallel: bool, no_text: str) -> Iterator[str]:
@@ -186,7 +203,24 @@ def _check(grammar: str) -> None:
     """Raise what llguidance has to say against a grammar. It knows limits of its own, and fetches nothing."""
     from llguidance import LLMatcher  # for those who constrain
 
-    is_wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    if len(grammar) > MAX_GRAMMAR_CHARS:
+        raise InvalidRequestError(
+            f"the tools' schemas make a grammar of {len(grammar)} characters; "
+            f"it may have {MAX_GRAMMAR_CHARS}",
+            param="tools",
+        )
+    found: list[tuple[bool, list[str]]] = []
+    # It follows a schema's references by recursion: a chain of a thousand overflows a usual stack.
+    usual = threading.stack_size(_STACK_SIZE)
+    try:
+        thread = threading.Thread(
+            target=lambda: found.append(LLMatcher.validate_grammar_with_warnings(grammar))
+        )
+        thread.start()
+    finally:
+        threading.stack_size(usual)
+    thread.join()
+    is_wrong, messages = found[0]
     if is_wrong:
         reason = messages[0].split("\n")[0].partition("failed to compile JSON schema: ")
-        raise InvalidRequestError(f"the schema can't be followed: {reason[2] or reason[0]}")
+        raise InvalidRequestError(f"the schema can't be followed: {reason[2] or reason[0]}", param="tools")

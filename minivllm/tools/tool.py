@@ -15,7 +15,7 @@ class Tool:
     """What a model is told of a function, and what its arguments are checked against."""
 
     name: str
-    description: str | None
+    description: str
     parameters: Mapping[str, Any]
     """A JSON schema of type object."""
     is_strict: bool = False
@@ -23,7 +23,6 @@ class Tool:
 
     def for_template(self) -> dict[str, Any]:
         """The tool as chat templates take it."""
-        function: dict[str, Any] = {"name": self.name}
-        if self.description is not None:
-            function["description"] = self.description
-        return {"type": "function", "function": function | {"parameters": dict(self.parameters)}}
+        # Always a description: there are templates that take it for granted.
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}

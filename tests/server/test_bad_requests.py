@@ -160,7 +160,11 @@ BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
         "'refusal' is not supported yet",
     ),
     ({"messages": [{**USER, "colour": "red"}]}, "messages[0].colour", "unknown field 'colour'"),
-    ({"messages": [{"role": "tool", "tool_call_id": "1", "content": "x"}]}, "messages", "this model has no tools"),
+    (
+        {"messages": [{"role": "tool", "tool_call_id": "1", "content": "x"}]},
+        "messages",
+        "this model has no tools",
+    ),
     ({"messages": [{**USER, "content": "x" * 300}]}, "messages", "the prompt alone has 318"),
     ({"max_tokens": 250}, "max_tokens", "max_tokens is 250"),
     ({"max_completion_tokens": 250}, "max_completion_tokens", "max_tokens is 250"),

@@ -23,7 +23,7 @@ from .test_bad_requests import says
 
 TOOLS_TEMPLATE = (
     "{% if tools %}tools: {{ tools | tojson }}{{ '\n' }}{% endif %}"
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_call_id }}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_call_id }}{{ m.name }}"
     "{% for call in m.tool_calls %}{{ call.id }} {{ call.function.name }} {{ call.function.arguments.city }}"
     "{% endfor %}{{ '\n' }}{% endfor %}assistant: "
 )
@@ -43,6 +43,7 @@ WEATHER = {
     },
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 STRICT = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
 TOOLS = [WEATHER, CLOCK]
 USER = {"role": "user", "content": "Hi"}
@@ -163,17 +164,11 @@ def test_calls(hermes: RunningServer) -> None:
     assert choice["message"]["content"] is None
     assert choice["finish_reason"] == "tool_calls"
     assert len({call["id"] for call in choice["message"]["tool_calls"]}) == 2
-    assert (
-        prompt(hermes)
-        == (
-            "tools: "
-            + json.dumps([WEATHER, {**CLOCK, "function": CLOCK["function"] | {"parameters": NO_PARAMETERS}}])
-        )
-        + "\nuser: Hi\nassistant: "
-    )
-
-
-NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+    clock = {
+        "type": "function",
+        "function": {**CLOCK["function"], "description": "", "parameters": NO_PARAMETERS},
+    }
+    assert prompt(hermes) == f"tools: {json.dumps([WEATHER, clock])}\nuser: Hi\nassistant: "
 
 
 def test_text_beside_calls(hermes: RunningServer) -> None:
@@ -259,7 +254,7 @@ def test_openai_package(parser: str, text: str) -> None:
             first, second = (call["id"] for call in message["tool_calls"])
             assert prompt(server).endswith(
                 f"assistant: {first} get_weather Paris 🦙{second} clock \n"
-                f"tool: rain{first}\ntool: rain{second}\nassistant: "
+                f"tool: rain{first}get_weather\ntool: rain{second}clock\nassistant: "
             )
 
 

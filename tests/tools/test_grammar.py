@@ -28,7 +28,7 @@ WEATHER = {
     "$defs": {"day": {"type": "integer", "minimum": 1, "maximum": 7}},
 }
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
-TOOLS = [Tool("get", None, NOTHING), Tool("get_weather", "The weather.", WEATHER)]
+TOOLS = [Tool("get", "", NOTHING), Tool("get_weather", "The weather.", WEATHER)]
 
 
 def write(style: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
@@ -101,7 +101,7 @@ def test_named(style: str) -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_auto(style: str) -> None:
     """Text is free, but a call of a strict function follows its schema."""
-    tools = [TOOLS[0], Tool("get_weather", None, WEATHER, is_strict=True)]
+    tools = [TOOLS[0], Tool("get_weather", "", WEATHER, is_strict=True)]
     for is_parallel in (False, True):
         grammar = tool_grammar(STYLES[style], tools, "auto", is_parallel=is_parallel)
         for text in ("", "Hello.\nIt's <b>5</b> > 4; so [f()] {x}"):
@@ -121,7 +121,7 @@ def test_auto(style: str) -> None:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("choice", ["auto", "required"])
 def test_reasoning_comes_first(style: str, choice: Any) -> None:
-    tools = [Tool("get_weather", None, WEATHER, is_strict=True)]
+    tools = [Tool("get_weather", "", WEATHER, is_strict=True)]
     good, bad = write(style, [PARIS]), write(style, BAD[0])
     thought = f"Hm.\n{bad} < </thin\n</think>\n\n"
     grammar = tool_grammar(STYLES[style], tools, choice, is_parallel=True, is_reasoning=True)
@@ -178,7 +178,7 @@ def nested(depth: int) -> dict[str, Any]:
     ],
 )
 def test_schemas_that_cannot_be_followed(style: str, value: Any, words: str) -> None:
-    tool = Tool("f", None, {"type": "object", "properties": {"a": value}, "required": ["a"]})
+    tool = Tool("f", "", {"type": "object", "properties": {"a": value}, "required": ["a"]})
     with pytest.raises(InvalidRequestError, match=words) as error:
         tool_grammar(STYLES[style], [TOOLS[0], tool], "required", is_parallel=True)
     assert error.value.param == "tools[1].function.parameters"
@@ -201,11 +201,37 @@ def test_schemas_that_cannot_be_followed(style: str, value: Any, words: str) -> 
 def test_hostile_schemas_are_followed_or_refused(style: str, schema: dict[str, Any]) -> None:
     """In bounded time, whatever is decided."""
     try:
-        grammar = tool_grammar(STYLES[style], [Tool("f", None, schema)], "required", is_parallel=True)
+        grammar = tool_grammar(STYLES[style], [Tool("f", "", schema)], "required", is_parallel=True)
     except InvalidRequestError:
         assert style == "pythonic", "JSON can hold all of these"
     else:
         assert accepts(grammar, write(style, [("f", {})]))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_chains_of_references(style: str) -> None:
+    """Each is followed by a function that calls itself: deep ones must not overflow the stack."""
+    for length in (100, 2500):
+        chain = {
+            f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}}
+            for i in range(length)
+        }
+        schema = {
+            "type": "object",
+            "properties": {"a": {"$ref": "#/$defs/d0"}},
+            "$defs": chain | {f"d{length}": {"type": "string"}},
+        }
+        grammar = tool_grammar(STYLES[style], [Tool("f", "", schema)], "required", is_parallel=True)
+        if length == 100:
+            assert accepts(grammar, write(style, [("f", {"a": {"a": {}}})]))
+
+
+def test_size_is_bounded() -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x" * 3000]}}}
+    tools = [Tool(f"f{i}", "", schema) for i in range(100)]
+    with pytest.raises(InvalidRequestError, match="it may have 262144") as error:
+        tool_grammar(STYLES["hermes"], tools, "required", is_parallel=True)
+    assert error.value.param == "tools"
 
 
 def test_python_needs_keywords() -> None:
@@ -216,7 +242,7 @@ def test_python_needs_keywords() -> None:
         {"type": "object", "properties": []},
     ):
         with pytest.raises(InvalidRequestError, match="where calls are written as Python"):
-            tool_grammar(STYLES["pythonic"], [Tool("f", None, schema)], "required", is_parallel=True)
+            tool_grammar(STYLES["pythonic"], [Tool("f", "", schema)], "required", is_parallel=True)
 
 
 def test_every_order_of_optional_keywords() -> None:
@@ -225,7 +251,7 @@ def test_every_order_of_optional_keywords() -> None:
         "properties": {c: {"type": "integer"} for c in "abcd"},
         "required": ["b", "c"],
     }
-    grammar = tool_grammar(STYLES["pythonic"], [Tool("f", None, schema)], "required", is_parallel=False)
+    grammar = tool_grammar(STYLES["pythonic"], [Tool("f", "", schema)], "required", is_parallel=False)
     for chosen in range(16):
         names = [c for i, c in enumerate("abcd") if chosen >> i & 1]
         text = f"[f({', '.join(f'{c}=1' for c in names)})]"

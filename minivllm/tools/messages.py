@@ -1,4 +1,4 @@
-"""Tools for a model whose chat template can't show any: said in words, as part of the messages."""
+"""Messages put right for the chat template: what it can't show is said in words."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def with_instruction(
         first, *rest = messages
         return [{**first, "content": f"{first['content']}\n\n{text}"}, *rest]
     return [{"role": "system", "content": text}, *messages]
+
+
+def with_names(messages: Sequence[Message]) -> list[Message]:
+    """The messages, those of tools with the name of the function that was called: some templates want it."""
+    names: dict[str, str] = {}
+    named: list[Message] = []
+    for message in messages:
+        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", [])}
+        name = names.get(message.get("tool_call_id", ""))
+        named.append(message if name is None or "name" in message else {**message, "name": name})
+    return named
 
 
 def with_calls_as_text(messages: Sequence[Message], style: ToolStyle) -> list[Message]:
