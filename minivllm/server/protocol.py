@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from minivllm.errors import InvalidRequestError
 from minivllm.request import MAX_LOGPROBS, SamplingParams
-from minivllm.server.strict_model import StrictModel
+from minivllm.server.strict import StrictModel
 from minivllm.server.tool_protocol import ToolCall, ToolFields
 
 MAX_SAMPLES = 1024

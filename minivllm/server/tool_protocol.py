@@ -10,7 +10,7 @@ from pydantic_core import from_json
 from typing_extensions import Self
 
 from minivllm.errors import InvalidRequestError
-from minivllm.server.strict_model import StrictModel
+from minivllm.server.strict import StrictModel
 from minivllm.tools.tool import Tool
 
 MAX_TOOLS = 128

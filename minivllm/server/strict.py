@@ -1,4 +1,4 @@
-"""The base of all that clients may send."""
+"""The base of all request bodies."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class StrictModel(BaseModel):
         if not isinstance(data, dict):
             return data  # pydantic's own check says what it should be
         given = {name: value for name, value in data.items() if value is not None}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for name in given:
             if name in cls.unsupported:
                 raise InvalidRequestError(f"{name!r} is not supported yet", param=name)
@@ -35,9 +36,9 @@ class StrictModel(BaseModel):
                 raise InvalidRequestError(
                     f"{name!r} is not supported: use {cls.replaced[name]!r} instead", param=name
                 )
-            if name not in cls.model_fields:
+            if name not in known:
                 name = name[:80]
-                nearest = difflib.get_close_matches(name, cls.model_fields, n=1)
+                nearest = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
                 raise InvalidRequestError(f"unknown field {name!r}{hint}", param=name)
         return given
