@@ -9,6 +9,7 @@ from typing import Protocol
 
 from minivllm.errors import EngineDeadError, ModelNotFoundError, ShuttingDownError
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, SamplingParams
+from minivllm.server.grammar_check import GrammarChecker
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 
@@ -50,6 +51,7 @@ class ServerContext:
     model_name: str
     """The name that clients ask for."""
     state: ServerState
+    grammars: GrammarChecker
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds, for ``/v1/models``."""
 

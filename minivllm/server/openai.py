@@ -92,6 +92,8 @@ async def _generate(
     except InvalidRequestError as error:
         error.param = body.given_name(error.param)
         raise
+    if sampling.grammar is not None:
+        await context.grammars.check(sampling.grammar, body.grammar_param)
     prompt_tokens = sum(len(sample.prompt_token_ids) for sample in samples[:: sampling.n])
     answer = _Answer(context, answer_id, wording, samples, prompt_tokens, body.include_usage)
     if body.stream:

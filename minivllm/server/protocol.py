@@ -8,46 +8,22 @@ not given, as clients send nulls for what they leave open. Ranges of sampling fi
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from minivllm.errors import InvalidRequestError
 from minivllm.request import MAX_LOGPROBS, SamplingParams
+from minivllm.server.strict import StrictModel
+from minivllm.server.structured_protocol import ResponseFormat, StructuredOutputs, make_grammar
 
 MAX_SAMPLES = 1024
 """Most sequences that one request may ask for: prompts times n."""
 
 Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 """An integer that fits the message to the engine. JSON's have no limit."""
-
-
-class StrictModel(BaseModel):
-    """Accepts exactly the fields it declares."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    unsupported: ClassVar[frozenset[str]] = frozenset()
-    """Fields that clients of OpenAI or vLLM may know, but that have no effect here yet."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_names(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data  # pydantic's own check says what it should be
-        given = {name: value for name, value in data.items() if value is not None}
-        for name in given:
-            if name in cls.unsupported:
-                raise InvalidRequestError(f"{name!r} is not supported yet", param=name)
-            if name not in cls.model_fields:
-                name = name[:80]
-                nearest = difflib.get_close_matches(name, cls.model_fields, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise InvalidRequestError(f"unknown field {name!r}{hint}", param=name)
-        return given
 
 
 def _kind_of_text_or_list(value: Any) -> str | None:
@@ -132,12 +108,10 @@ class GenerationRequest(StrictModel):
             "prompt_logprobs",
             "repetition_detection",
             "request_id",
-            "response_format",
             "return_token_ids",
             "return_tokens_as_token_ids",
             "skip_special_tokens",
             "spaces_between_special_tokens",
-            "structured_outputs",
             "truncate_prompt_tokens",
             "use_beam_search",
             "vllm_xargs",
@@ -163,6 +137,8 @@ class GenerationRequest(StrictModel):
     stop: Stop | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -189,8 +165,14 @@ class GenerationRequest(StrictModel):
         """What this request calls the field that :func:`minivllm.request.check_request` calls ``param``."""
         return param
 
+    @property
+    def grammar_param(self) -> str | None:
+        """The field that restricts the answer, if one does."""
+        return make_grammar(self.response_format, self.structured_outputs)[1]
+
     def _sampling_fields(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
+        given = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)}
+        return given | {"grammar": make_grammar(self.response_format, self.structured_outputs)[0]}
 
 
 class CompletionRequest(GenerationRequest):
