@@ -68,6 +68,8 @@ class SampledToken:
 
     token_id: int
     logprob: TokenLogprob | None = None
+    error: str | None = None
+    """Why there is none: the request ends with this, and the others go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +112,10 @@ class Scheduler(ABC):
     def abort(self, request: Request) -> EngineEvent:
         """End a waiting or running request now; its blocks are free when this returns."""
         return self._finish(request, [], FinishReason.ABORT)
+
+    def refuse(self, request: Request, error: str) -> EngineEvent:
+        """End a waiting request that can't be served after all."""
+        return self._finish(request, [], FinishReason.ERROR, error=error)
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's work and allocate its blocks.
@@ -183,6 +189,9 @@ class Scheduler(ABC):
                 request.prompt_logprobs[item.start :] = item.prompt_logprobs
             if token is None:
                 continue
+            if token.error is not None:
+                events.append(self._finish(request, [], FinishReason.ERROR, error=token.error))
+                continue
             num_tokens = item.start + item.num_tokens + 1
             request.token_ids[num_tokens - 1] = token.token_id
             if request.metrics.first_token_time == 0.0:
@@ -227,6 +236,8 @@ class Scheduler(ABC):
     def _finish_reason(self, request: Request, num_tokens: int) -> FinishReason | None:
         """Whether the request ends with its first ``num_tokens`` tokens, and why."""
         params, token_id = request.sampling, request.token_ids[num_tokens - 1]
+        if params.grammar is not None and token_id in self.limits.eos_token_ids:
+            return FinishReason.STOP  # its mask let none through that comes too early
         if num_tokens - request.num_prompt_tokens > params.min_tokens:  # the sampler masks them before that
             if token_id in params.stop_token_ids:
                 return FinishReason.STOP

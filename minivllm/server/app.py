@@ -14,6 +14,7 @@ from minivllm.server.body import BodyLimitMiddleware, JsonRoute
 from minivllm.server.chat import ChatStyle
 from minivllm.server.context import Engine, ServerContext, ServerState
 from minivllm.server.errors import add_error_handlers, error_response
+from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.openai import openai_router
 from minivllm.server.protocol import DetokenizeRequest, TokenizeRequest
 from minivllm.server.responses import Detokenized, ErrorEnvelope, Health, Tokenized, Version
@@ -26,6 +27,7 @@ def create_app(
     server_config: ServerConfig,
     model_name: str,
     state: ServerState,
+    grammars: GrammarChecker | None = None,
 ) -> FastAPI:
     """The application that serves one model.
 
@@ -35,8 +37,12 @@ def create_app(
         server_config: ``max_body_size`` and how answers are parsed are read here.
         model_name: what clients ask for.
         state: the caller's handle on the running application.
+        grammars: closed by the caller. None: one of its own, whose process ends with this one.
     """
-    context = ServerContext(engine, tokenizer, model_name, state, ChatStyle.of(tokenizer, server_config))
+    grammars = grammars or GrammarChecker(tokenizer, engine.info.vocab_size)
+    context = ServerContext(
+        engine, tokenizer, model_name, state, ChatStyle.of(tokenizer, server_config), grammars
+    )
     app = FastAPI(
         title="minivllm",
         version=minivllm.__version__,

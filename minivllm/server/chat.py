@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minivllm.config import ServerConfig
 from minivllm.errors import InvalidRequestError
 from minivllm.request import SamplingParams
+from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.message import MessageParser
 from minivllm.server.protocol import ChatRequest
 from minivllm.server.tool_protocol import NamedTool
 from minivllm.tokenizer.tokenizer import Tokenizer
 from minivllm.tools import reasoning
-from minivllm.tools.grammar import tool_grammar
+from minivllm.tools.grammar import ToolGrammar, tool_grammar
 from minivllm.tools.messages import with_calls_as_text, with_instruction, with_names
 from minivllm.tools.reasoning import ReasoningSplitter
 from minivllm.tools.style import HERMES, STYLES, ToolStyle, style_of_template
@@ -59,6 +60,7 @@ class ChatTurn:
         choice = body.tool_choice or "auto"
         self._named = choice.function.name if isinstance(choice, NamedTool) else None
         self._choice: Choice = "auto" if choice == "auto" else "required"
+        self._parts: list[tuple[int, str]] = []
         self._tools: list[Tool] = []
         """What the model is told of."""
         if body.tools and choice != "none":
@@ -91,7 +93,27 @@ class ChatTurn:
         self._is_reasoning = self._style.reasons and prompt.rstrip().endswith(reasoning.OPEN)
         ids = self._tokenizer.encode(prompt, add_special_tokens=False)
         grammar = self._grammar()
-        return [ids], sampling if grammar is None else constrain(sampling, grammar)
+        if grammar is None:
+            return [ids], sampling
+        if sampling.grammar is not None:
+            raise InvalidRequestError(
+                "one answer can't follow both a format and the tools' schemas: leave one of them out",
+                param="tools",
+            )
+        self._parts = grammar.parts
+        return [ids], replace(sampling, grammar=grammar.text)
+
+    async def check_grammar(self, grammars: GrammarChecker, grammar: str) -> None:
+        """Return if the grammar that answers must follow can be served.
+
+        Raises :class:`InvalidRequestError` that names the tool at fault, if one is.
+        """
+        try:
+            await grammars.check(grammar, self._body.grammar_param or "tools")
+        except InvalidRequestError:
+            for i, part in self._parts:
+                await grammars.check(part, f"tools[{i}].function.parameters")
+            raise
 
     def render(self) -> str:
         """The prompt's text."""
@@ -114,7 +136,7 @@ class ChatTurn:
             return MessageParser(splitter, None)
         return MessageParser(splitter, self._style.tools.parser([tool.name for tool in self._tools]))
 
-    def _grammar(self) -> str | None:
+    def _grammar(self) -> ToolGrammar | None:
         is_parallel = self._body.parallel_tool_calls is not False
         is_free = self._choice == "auto" and is_parallel and not any(tool.is_strict for tool in self._tools)
         if not self._tools or self._style.tools is None or is_free:
@@ -128,15 +150,3 @@ class ChatTurn:
             may_reason=self._style.reasons,
             is_reasoning=self._is_reasoning,
         )
-
-
-def constrain(sampling: SamplingParams, grammar: str) -> SamplingParams:
-    """The parameters, with a grammar (llguidance's Lark) that the answer must follow."""
-    if "grammar" not in {field.name for field in fields(SamplingParams)}:
-        raise InvalidRequestError(
-            "tool calls can't be constrained yet: use tool_choice 'auto' without strict functions, and leave "
-            "parallel_tool_calls true",
-            param="tool_choice",
-        )
-    changes: dict[str, Any] = {"grammar": grammar}
-    return replace(sampling, **changes)

@@ -10,6 +10,7 @@ from typing import Protocol
 from minivllm.errors import EngineDeadError, ModelNotFoundError, ShuttingDownError
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, SamplingParams
 from minivllm.server.chat import ChatStyle
+from minivllm.server.grammar_check import GrammarChecker
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 
@@ -53,6 +54,7 @@ class ServerContext:
     state: ServerState
     chat_style: ChatStyle
     """How the model writes tool calls and reasoning."""
+    grammars: GrammarChecker
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds, for ``/v1/models``."""
 

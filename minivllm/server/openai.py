@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request, Response
@@ -24,6 +24,7 @@ from minivllm.server.chat import ChatTurn
 from minivllm.server.context import ServerContext
 from minivllm.server.formats import ChatFormat, Choice, CompletionFormat, Format
 from minivllm.server.generation import Sample, make_samples, run_samples
+from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from minivllm.server.responses import ChatCompletion, Completion, Model, ModelList, StopReason, Usage
 from minivllm.server.streaming import Emit, EventStream, run_until_disconnect
@@ -59,12 +60,17 @@ def openai_router(context: ServerContext) -> APIRouter:
                 tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts
             ], sampling
 
-        return await _generate(context, request, body, prepare, CompletionFormat(tokenizer))
+        async def check_grammar(grammars: GrammarChecker, grammar: str) -> None:
+            await grammars.check(grammar, body.grammar_param)
+
+        return await _generate(context, request, body, prepare, check_grammar, CompletionFormat(tokenizer))
 
     @router.post("/chat/completions", response_model=ChatCompletion)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         turn = ChatTurn(body, tokenizer, context.chat_style)
-        return await _generate(context, request, body, turn.prepare, ChatFormat(tokenizer, turn))
+        return await _generate(
+            context, request, body, turn.prepare, turn.check_grammar, ChatFormat(tokenizer, turn)
+        )
 
     return router
 
@@ -74,11 +80,13 @@ async def _generate(
     request: Request,
     body: GenerationRequest,
     prepare: Callable[[SamplingParams], tuple[list[list[int]], SamplingParams]],
+    check_grammar: Callable[[GrammarChecker, str], Awaitable[None]],
     wording: Format,
 ) -> Response:
     """Answer ``body``, for as long as the client is there.
 
-    ``prepare`` makes the prompts' token ids, and what they ask of the sampling parameters beside.
+    ``prepare`` makes the prompts' token ids, and what they ask of the sampling parameters beside;
+    ``check_grammar`` raises where answers can't follow the one that the parameters have then.
     """
     context.check_ready()
     context.check_model(body.model)
@@ -95,6 +103,9 @@ async def _generate(
     except InvalidRequestError as error:
         error.param = body.given_name(error.param)
         raise
+    grammar = samples[0].sampling.grammar
+    if grammar is not None:
+        await check_grammar(context.grammars, grammar)
     prompt_tokens = sum(len(sample.prompt_token_ids) for sample in samples[:: sampling.n])
     answer = _Answer(context, answer_id, wording, samples, prompt_tokens, body.include_usage)
     if body.stream:

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from minivllm.errors import InvalidRequestError
 from minivllm.request import MAX_LOGPROBS, SamplingParams
 from minivllm.server.strict import StrictModel
+from minivllm.server.structured_protocol import ResponseFormat, StructuredOutputs, make_grammar
 from minivllm.server.tool_protocol import ToolCall, ToolFields
 
 MAX_SAMPLES = 1024
@@ -108,12 +109,10 @@ class GenerationRequest(StrictModel):
             "prompt_logprobs",
             "repetition_detection",
             "request_id",
-            "response_format",
             "return_token_ids",
             "return_tokens_as_token_ids",
             "skip_special_tokens",
             "spaces_between_special_tokens",
-            "structured_outputs",
             "truncate_prompt_tokens",
             "use_beam_search",
             "vllm_xargs",
@@ -139,6 +138,8 @@ class GenerationRequest(StrictModel):
     stop: Stop | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -165,9 +166,14 @@ class GenerationRequest(StrictModel):
         """What this request calls the field that :func:`minivllm.request.check_request` calls ``param``."""
         return param
 
+    @property
+    def grammar_param(self) -> str | None:
+        """The field that restricts the answer, if one does."""
+        return make_grammar(self.response_format, self.structured_outputs)[1]
+
     def _sampling_fields(self) -> dict[str, Any]:
-        names = [field.name for field in fields(SamplingParams) if field.name in type(self).model_fields]
-        return {name: getattr(self, name) for name in names}
+        given = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)}
+        return given | {"grammar": make_grammar(self.response_format, self.structured_outputs)[0]}
 
 
 class CompletionRequest(GenerationRequest):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from minivllm.errors import InvalidRequestError
@@ -17,8 +17,6 @@ from minivllm.tools.tool import Choice, Tool
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANY_OBJECT = {"type": "object"}
 
-MAX_GRAMMAR_CHARS = 256 * 1024
-_STACK_SIZE = 2**28
 
 # What the schema of a function's parameters may say beside "properties" if they are to be keywords.
 _KEYWORD_SCHEMA = frozenset(
@@ -27,6 +25,15 @@ _KEYWORD_SCHEMA = frozenset(
         *("$schema", "$comment", "title", "description", "default", "examples", "deprecated"),
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ToolGrammar:
+    """What an answer must be."""
+
+    text: str
+    parts: list[tuple[int, str]]
+    """Of each tool that may be called: its index, and the grammar of its calls, to see which is at fault."""
 
 
 def tool_grammar(
@@ -38,7 +45,7 @@ def tool_grammar(
     named: str | None = None,
     may_reason: bool = False,
     is_reasoning: bool = False,
-) -> str:
+) -> ToolGrammar:
     """The grammar of an answer that calls some of ``tools``; with choice "auto" it may be text instead.
 
     Args:
@@ -51,14 +58,16 @@ def tool_grammar(
         is_reasoning: the prompt has opened it.
 
     Raises:
-        InvalidRequestError: a schema that can't be followed; ``param`` says whose.
+        InvalidRequestError: a schema that can't be put so; ``param`` says whose. Whether llguidance can
+            follow the schemas is to be checked.
     """
     offered = [i for i, tool in enumerate(tools) if named in (None, tool.name)]
-    rules: list[str] = []
+    of_tool: dict[int, list[str]] = {}
     for i in offered:
         holds = choice == "required" or tools[i].is_strict
         with _blaming(i):
-            rules += _call(style.name, f"f{i}", tools[i], tools[i].parameters if holds else None)
+            of_tool[i] = [*_call(style.name, f"f{i}", tools[i], tools[i].parameters if holds else None)]
+    rules = [rule for rules in of_tool.values() for rule in rules]
     rules.append(f"call: {' | '.join(f'f{i}' for i in offered)}")
     # Where a tag may open reasoning, text begins with something else, to tell them apart.
     no_text = "<" if may_reason and not is_reasoning else ""
@@ -72,17 +81,8 @@ def tool_grammar(
         ]
     else:
         answer.append("start: answer")
-    grammar = "\n".join([*answer, *rules]) + "\n"
-    try:
-        _check(grammar)
-    except InvalidRequestError:
-        for i in offered:  # by itself, to say which it is
-            with _blaming(i):
-                _check(
-                    "\n".join([f"start: f{i}", *_call(style.name, f"f{i}", tools[i], tools[i].parameters)])
-                )
-        raise
-    return grammar
+    parts = [(i, "\n".join([f"start: f{i}", *of_tool[i]])) for i in offered]
+    return ToolGrammar("\n".join([*answer, *rules]) + "\n", parts)
 
 
 @contextlib.contextmanager
@@ -197,30 +197,3 @@ def _json(schema: Mapping[str, Any]) -> str:
 
 
 _NEWLINE = _text("\n")
-
-
-def _check(grammar: str) -> None:
-    """Raise what llguidance has to say against a grammar. It knows limits of its own, and fetches nothing."""
-    from llguidance import LLMatcher  # for those who constrain
-
-    if len(grammar) > MAX_GRAMMAR_CHARS:
-        raise InvalidRequestError(
-            f"the tools' schemas make a grammar of {len(grammar)} characters; "
-            f"it may have {MAX_GRAMMAR_CHARS}",
-            param="tools",
-        )
-    found: list[tuple[bool, list[str]]] = []
-    # It follows a schema's references by recursion: a chain of a thousand overflows a usual stack.
-    usual = threading.stack_size(_STACK_SIZE)
-    try:
-        thread = threading.Thread(
-            target=lambda: found.append(LLMatcher.validate_grammar_with_warnings(grammar))
-        )
-        thread.start()
-    finally:
-        threading.stack_size(usual)
-    thread.join()
-    is_wrong, messages = found[0]
-    if is_wrong:
-        reason = messages[0].split("\n")[0].partition("failed to compile JSON schema: ")
-        raise InvalidRequestError(f"the schema can't be followed: {reason[2] or reason[0]}", param="tools")

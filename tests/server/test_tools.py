@@ -12,7 +12,6 @@ import pytest
 
 from minivllm.config import ServerConfig
 from minivllm.request import SamplingParams
-from minivllm.server import chat
 from minivllm.server.app import create_app
 from minivllm.server.context import ServerState
 from minivllm.tools.style import STYLES, style_of_template
@@ -87,17 +86,11 @@ def thinking() -> Iterator[RunningServer]:
         yield server
 
 
-@pytest.fixture
-def grammars(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The grammars that answers must follow."""
-    seen: list[str] = []
-
-    def constrain(sampling: SamplingParams, grammar: str) -> SamplingParams:
-        seen.append(grammar)
-        return sampling
-
-    monkeypatch.setattr(chat, "constrain", constrain)
-    return seen
+def grammars(server: RunningServer) -> list[str]:
+    """The grammars that answers had to follow."""
+    return [
+        sampling.grammar for _, sampling in server.engine.requests.values() if sampling.grammar is not None
+    ]
 
 
 def ask(server: RunningServer, text: str, **fields: Any) -> dict[str, Any]:
@@ -312,11 +305,14 @@ def test_special_tokens_are_shown_to_the_parser() -> None:
         server.close()
 
 
-def test_no_grammar_where_the_model_is_free(hermes: RunningServer, grammars: list[str]) -> None:
-    ask(hermes, HERMES, tools=TOOLS)
-    ask(hermes, HERMES, tools=TOOLS, tool_choice="auto", parallel_tool_calls=True)
-    ask(hermes, HERMES, tools=[STRICT], tool_choice="none")
-    assert grammars == []
+def test_no_grammar_where_the_model_is_free(hermes: RunningServer) -> None:
+    for fields in (
+        {"tools": TOOLS},
+        {"tools": TOOLS, "tool_choice": "auto", "parallel_tool_calls": True},
+        {"tools": [STRICT], "tool_choice": "none"},
+    ):
+        ask(hermes, HERMES, **fields)
+        assert grammars(hermes) == []
 
 
 @pytest.mark.parametrize(
@@ -339,7 +335,6 @@ def test_no_grammar_where_the_model_is_free(hermes: RunningServer, grammars: lis
 )
 def test_grammars(
     hermes: RunningServer,
-    grammars: list[str],
     fields: dict[str, Any],
     accepted: list[tuple[str, str]],
     refused: list[str],
@@ -349,19 +344,19 @@ def test_grammars(
         for name, arguments in accepted
     )
     assert calls(ask(hermes, text, **{"tools": TOOLS, **fields})) == accepted
-    grammar = grammars[0]
+    grammar = grammars(hermes)[0]
     assert accepts(grammar, text)
     assert not any(accepts(grammar, other) for other in refused)
 
 
-def test_grammar_after_reasoning(thinking: RunningServer, grammars: list[str]) -> None:
+def test_grammar_after_reasoning(thinking: RunningServer) -> None:
     ask(thinking, HERMES, tools=TOOLS, tool_choice="required")
     call = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-    assert accepts(grammars[0], f"<think>\nHm.\n</think>\n\n{call}")
-    assert accepts(grammars[0], call)
+    assert accepts(grammars(thinking)[0], f"<think>\nHm.\n</think>\n\n{call}")
+    assert accepts(grammars(thinking)[0], call)
 
 
-def test_template_without_tools(grammars: list[str]) -> None:
+def test_template_without_tools() -> None:
     """The model is told of tools in words, in Hermes' format, and sees its own calls again."""
     with serving(PLAIN_TEMPLATE) as server:
         assert len(calls(ask(server, HERMES, tools=TOOLS))) == 2
@@ -379,7 +374,7 @@ def test_template_without_tools(grammars: list[str]) -> None:
         )
         assert len(calls(choice)) == 1, "the other one is not among the tools"
         assert prompt(server).startswith("system: Be brief.\n\nYou can call these functions")
-        assert len(grammars) == 2
+        assert len(grammars(server)) == 2
         history = [
             USER,
             {
@@ -488,9 +483,14 @@ def function(**fields: Any) -> dict[str, Any]:
         (
             {"tools": [CLOCK, function(parameters=NOT)], "tool_choice": "required"},
             "tools[1].function.parameters",
-            "can't be followed",
+            "not",
         ),
         ({"tools": [function(parameters=NOT, strict=True)]}, "tools[0].function.parameters", "not"),
+        (
+            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "tools",
+            "can't follow both",
+        ),
         ({"tool_choice": "auto"}, "tool_choice", "only allowed with tools"),
         ({"parallel_tool_calls": False}, "parallel_tool_calls", "only allowed with tools"),
         ({"tools": TOOLS, "parallel_tool_calls": 1}, "parallel_tool_calls", "true or false, got 1"),
