@@ -137,7 +137,13 @@ def _call(style: str, rule: str, tool: Tool, schema: Mapping[str, Any] | None) -
         return
     word = "arguments" if style == "hermes" else "parameters"
     start = f'{{"name": {json.dumps(tool.name)}, "{word}": '
-    yield f'{rule}: {_text(start)} {_json(_ANY_OBJECT if schema is None else schema)} "}}"'
+    yield f'{rule}: {_text(start)} {_json(_ANY_OBJECT if schema is None else _closed(schema))} "}}"'
+
+
+def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema without arguments that nobody knows: models that may invent some don't stop."""
+    is_plain = "properties" in schema and schema.keys() <= _KEYWORD_SCHEMA
+    return {"additionalProperties": False, **schema} if is_plain else schema
 
 
 def _any_keywords(rule: str) -> Iterator[str]:

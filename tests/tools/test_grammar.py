@@ -255,6 +255,19 @@ def test_python_needs_keywords() -> None:
             tool_grammar(STYLES["pythonic"], [Tool("f", "", schema)], "required", is_parallel=True)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_arguments_that_the_schema_does_not_name(style: str) -> None:
+    """They come only where it asks for them."""
+    schema = {"type": "object", "properties": {"a": {}}}
+    calls = [("f", {"a": 1, "b": 2})]
+    grammar = tool_grammar(STYLES[style], [Tool("f", "", schema)], "required", is_parallel=False)
+    assert not accepts(grammar, write(style, calls))
+    if style != "pythonic":
+        tools = [Tool("f", "", {**schema, "additionalProperties": True})]
+        grammar = tool_grammar(STYLES[style], tools, "required", is_parallel=False)
+        assert accepts(grammar, write(style, calls))
+
+
 def test_every_order_of_optional_keywords() -> None:
     schema = {
         "type": "object",
