@@ -24,7 +24,7 @@ class ReasoningSplitter:
         """``is_open``: the prompt ended with the opening tag, as some chat templates write it."""
         self._is_open = is_open
         self._step: Callable[[str], None] = self._at_start
-        self._held = ""  # whitespace, and as much of a tag as was read
+        self._held: list[str] = []  # whitespace, and as much of a tag as was read
         self._tag = ""
         self._reasoning: list[str] = []
         self._answer: list[str] = []
@@ -38,10 +38,13 @@ class ReasoningSplitter:
     def finish(self) -> tuple[str, str]:
         """What was held back, when no more text comes."""
         if self._step == self._in_reasoning:
-            self._reasoning.append(self._held.rstrip(_WHITESPACE))
+            self._reasoning.append("".join(self._held).rstrip(_WHITESPACE))
         elif self._step == self._at_start:
-            kept = self._held.strip(_WHITESPACE) if self._is_open else self._held
-            (self._reasoning if self._is_open else self._answer).append(kept)
+            held = "".join(self._held)
+            if self._is_open:
+                self._reasoning.append(held.strip(_WHITESPACE))
+            else:
+                self._answer.append(held)
         return self._take()
 
     def _take(self) -> tuple[str, str]:
@@ -52,20 +55,20 @@ class ReasoningSplitter:
 
     def _at_start(self, char: str) -> None:
         if char in _WHITESPACE and not self._tag:
-            self._held += char
+            self._held.append(char)
         elif OPEN.startswith(self._tag + char):
-            self._held += char
+            self._held.append(char)
             self._tag += char
             if self._tag == OPEN:
                 self._begin_reasoning("")
         elif self._is_open:
-            self._begin_reasoning(self._held.lstrip(_WHITESPACE) + char)
+            self._begin_reasoning("".join(self._held).lstrip(_WHITESPACE) + char)
         else:
-            self._answer.append(self._held + char)
+            self._answer += [*self._held, char]
             self._step = self._answer.append
 
     def _begin_reasoning(self, text: str) -> None:
-        self._step, self._held, self._tag = self._before_reasoning, "", ""
+        self._step, self._held, self._tag = self._before_reasoning, [], ""
         for char in text:
             self._step(char)
 
@@ -76,24 +79,25 @@ class ReasoningSplitter:
 
     def _in_reasoning(self, char: str) -> None:
         if CLOSE.startswith(self._tag + char):
-            self._held += char
+            self._held.append(char)
             self._tag += char
             if self._tag == CLOSE:
                 self._step = self._before_answer
             return
         if char in _WHITESPACE and not self._tag:
-            self._held += char
+            self._held.append(char)
             return
         if self._tag:  # no closing tag, but this character may begin one, or whitespace
             self._release()
             self._in_reasoning(char)
         else:
-            self._reasoning.append(self._held + char)
-            self._held = ""
+            self._reasoning += [*self._held, char]
+            self._held.clear()
 
     def _release(self) -> None:
-        self._reasoning.append(self._held)
-        self._held = self._tag = ""
+        self._reasoning += self._held
+        self._held.clear()
+        self._tag = ""
 
     def _before_answer(self, char: str) -> None:
         if char not in _WHITESPACE:

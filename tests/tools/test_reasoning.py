@@ -62,6 +62,14 @@ def test_any_text(is_open: bool, parts: list[str], seed: int) -> None:
     assert (reasoning, answer) == (inside.strip(), after.lstrip() if tag else "")
 
 
+@pytest.mark.parametrize(
+    "text", [" " * 200_000 + "<", "<think>a" + "\n" * 200_000, "<think>" + "</thin" * 50_000]
+)
+def test_hostile_texts(text: str) -> None:
+    whole = split(False, [text])
+    assert split(False, list(text)) == whole
+
+
 def test_nothing_is_held_back() -> None:
     splitter = ReasoningSplitter(is_open=True)
     for char in "Hm.":
