@@ -29,14 +29,13 @@ import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the schemas are those of the tests
 
-from tests.structured.schemas import SCHEMAS, check_answer
-
 from minivllm import LLM, EngineConfig, SamplingParams
 from minivllm.completion import CompletionStream
 from minivllm.config import option
 from minivllm.flags import Parser
 from minivllm.request import CompletionOutput, FinishReason
 from minivllm.structured import grammar_from_json_schema, grammar_from_regex
+from tests.structured.schemas import SCHEMAS, check_answer
 
 REGEX = r"(https?)://[a-z]{3,10}\.(com|org)/[\w-]{1,12}\?id=\d{1,6}"
 ARITHMETIC = """
@@ -134,6 +133,9 @@ def validity(bench: Bench, settings: StructuredConfig) -> dict[str, dict[str, in
             for i in range(settings.answers)
         ]
         outputs = bench.answers(asked, settings.users)
+        for output in outputs:
+            if output.finish_reason is not FinishReason.STOP:
+                print(f"{kind} {output.index} unfinished: {output.text[-100:]!r}", file=sys.stderr)
         finished = [output for output in outputs if output.finish_reason is FinishReason.STOP]
         num_valid = 0
         for output in finished:

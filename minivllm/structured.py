@@ -44,7 +44,7 @@ _JSON_OPTIONS = {
     # Compact, or indented by tabs or by spaces. JSON allows space without end, in which models get lost.
     "whitespace_pattern": r"( |\n( {0,32}|\t{0,8}))?",
     "whitespace_flexible": True,
-    "coerce_one_of": True,  # disjoint or not: one of several alternatives is what a grammar can express
+    "coerce_one_of": False,  # alternatives that may overlap are refused
     "lenient": False,  # a keyword that isn't supported is refused, never ignored
 }
 
@@ -133,7 +133,7 @@ def describe(message: str) -> str:
     first, *others = message.splitlines() or [""]
     # Of a regular expression, the first line says where, and this one what.
     first = " ".join([first, *(line for line in others if line.startswith("error: "))])
-    first = first.replace("<non-verbose/>", "").strip()
+    first = first.replace("<non-verbose/>", "").split(" Enable 'coerce_one_of'")[0].strip()
     for prefix in ("at 1(8): ", "failed to compile JSON schema: "):
         first = first.removeprefix(prefix)
     return first if len(first) <= 300 else first[:300] + "…"

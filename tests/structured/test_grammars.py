@@ -200,6 +200,7 @@ def test_what_cannot_be_a_grammar(make_grammar: Any, message: str) -> None:
     [
         (grammar_from_json_schema(False), "schema is false"),
         (grammar_from_json_schema({"not": {"type": "string"}}), r'Unimplemented keys: \["not"\]'),
+        (grammar_from_json_schema({"oneOf": [{"type": "integer"}, {"const": 5}]}), "oneOf"),
         (grammar_from_json_schema({"type": "strin"}), "Invalid type: strin"),
         (grammar_from_json_schema({"type": "integer", "minimum": 5, "maximum": 3}), "minimum"),
         (grammar_from_json_schema({"$ref": "http://localhost:1/schema.json"}), "does not fetch"),
