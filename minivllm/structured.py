@@ -44,7 +44,7 @@ _JSON_OPTIONS = {
     # Compact, or indented by tabs or by spaces. JSON allows space without end, in which models get lost.
     "whitespace_pattern": r"( |\n( {0,32}|\t{0,8}))?",
     "whitespace_flexible": True,
-    "coerce_one_of": True,  # disjoint or not: one of several alternatives is what a grammar can express
+    "coerce_one_of": False,  # alternatives that may overlap are refused
     "lenient": False,  # a keyword that isn't supported is refused, never ignored
 }
 
@@ -130,7 +130,10 @@ def check_grammar(grammar: str) -> None:
 
 def describe(message: str) -> str:
     """llguidance's message, in one line of moderate length."""
-    first = message.split("\n", 1)[0].removesuffix("<non-verbose/>").strip()
+    first, *others = message.splitlines() or [""]
+    # Of a regular expression, the first line says where, and this one what.
+    first = " ".join([first, *(line for line in others if line.startswith("error: "))])
+    first = first.replace("<non-verbose/>", "").split(" Enable 'coerce_one_of'")[0].strip()
     for prefix in ("at 1(8): ", "failed to compile JSON schema: "):
         first = first.removeprefix(prefix)
     return first if len(first) <= 300 else first[:300] + "…"
@@ -177,8 +180,8 @@ class Vocabulary:
         self.eos_token_ids = list(eos_token_ids)
         self.eos_token_id = self.eos_token_ids[0]
         self._encode = encode
-        special = set(self.special_token_ids)
-        self._id_of = {data: i for i, data in enumerate(tokens) if data and i not in special}
+        self._special = set(self.special_token_ids)
+        self._id_of = {data: i for i, data in enumerate(tokens) if data and i not in self._special}
         self._longest = max(map(len, self._id_of), default=0)
 
     def __call__(self, text: str | bytes) -> list[int]:
@@ -190,7 +193,7 @@ class Vocabulary:
             for lead in ("", "\n"):
                 before, ids = self._encode(lead) if lead else [], self._encode(lead + words)
                 rest = ids[len(before) :]
-                if ids[: len(before)] == before and b"".join(map(self._bytes, rest)) == data:
+                if ids[: len(before)] == before and self._spell(rest) == data:
                     return rest
         return self._encode_greedily(data)
 
@@ -201,8 +204,11 @@ class Vocabulary:
         wrapper: Any = self  # it asks for is_tokenizer_wrapper, not for the class
         return LLTokenizer(wrapper, n_vocab=len(self.tokens), eos_token=self.eos_token_ids)
 
-    def _bytes(self, token_id: int) -> bytes:
-        return self.tokens[token_id] if token_id < len(self.tokens) else b""
+    def _spell(self, token_ids: list[int]) -> bytes | None:
+        """The text of ``token_ids``; None where one isn't text, as an encoder reads "</s>"."""
+        if any(i >= len(self.tokens) or i in self._special for i in token_ids):
+            return None
+        return b"".join([self.tokens[i] for i in token_ids])
 
     def _encode_greedily(self, data: bytes) -> list[int]:
         ids: list[int] = []

@@ -41,7 +41,7 @@ class ResponseFormat(StrictModel):
             raise InvalidRequestError(
                 "json_schema is required with type 'json_schema', and only allowed there, "
                 f"but type is {self.type!r}",
-                param="response_format",
+                param="json_schema",
             )
         return self
 
@@ -77,8 +77,7 @@ class StructuredOutputs(StrictModel):
         num_given = sum(value is not None for value in fields)
         if num_given != 1:
             raise InvalidRequestError(
-                f"exactly one of json, regex, grammar and choice is required, got {num_given}",
-                param="structured_outputs",
+                f"exactly one of json, regex, grammar and choice is required, got {num_given}"
             )
         return self
 

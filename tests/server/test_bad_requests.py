@@ -176,7 +176,6 @@ BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20, got 21"),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", "at least 0, got -1"),
     ({"verbosity": "low"}, "verbosity", "'verbosity' is not supported yet"),
-    ({"response_format": {"type": "text"}}, "response_format", "'response_format' is not supported yet"),
     ({"prompt": "x"}, "prompt", "unknown field 'prompt'"),
     ({"n": 0}, "n", "at least 1, got 0"),
 ]

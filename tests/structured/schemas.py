@@ -65,7 +65,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "properties": {
             "id": {"type": ["integer", "null"]},
             "shape": {
-                "anyOf": [
+                "oneOf": [
                     {
                         "type": "object",
                         "properties": {"kind": {"const": "circle"}, "r": {"type": "integer"}},
