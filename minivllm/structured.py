@@ -39,6 +39,7 @@ MASK_SECONDS_PER_TOKEN = 0.02
 
 T = TypeVar("T")
 
+_ASCII_CLASSES = {"d": "0-9", "w": "0-9A-Za-z_"}
 _TRIAL_WALKS, _TRIAL_TOKENS = 3, 16
 _JSON_OPTIONS = {
     # Compact, or indented by tabs or by spaces. JSON allows space without end, in which models get lost.
@@ -91,7 +92,8 @@ def grammar_from_json_object() -> str:
 def grammar_from_regex(pattern: str) -> str:
     """The grammar of the texts that ``pattern`` matches from beginning to end, ``re.fullmatch``'s way.
 
-    The syntax is that of Rust's regex crate: Python's without look-around and back references.
+    The syntax is that of Rust's regex crate: Python's without look-around and back references. ``\\d`` and
+    ``\\w`` are ASCII's, as in JSON Schema's ``pattern``: beyond it, libraries differ on what a letter is.
     """
     return _bounded(f"start: /{_escape_regex(pattern)}/")
 
@@ -315,17 +317,30 @@ def _check_depth(schema: Any) -> None:
 
 
 def _escape_regex(pattern: str) -> str:
-    """A regular expression as Lark has it between slashes."""
+    """A regular expression as Lark has it between slashes; \\d and \\w become ASCII's digits and letters."""
     out: list[str] = []
-    is_escaped = False
-    for char in pattern:
-        if char == "\n":
-            out.append("n" if is_escaped else "\\n")
-        elif char == "/" and not is_escaped:
-            out.append("\\/")
-        else:
-            out.append(char)
-        is_escaped = char == "\\" and not is_escaped
+    depth = 0  # of brackets: a class in a class is itself again
+    place = 0
+    while place < len(pattern):
+        char = pattern[place]
+        place += 1
+        if char == "\\" and place < len(pattern):
+            escaped = pattern[place]
+            place += 1
+            if escaped in _ASCII_CLASSES:
+                out.append(_ASCII_CLASSES[escaped] if depth else f"[{_ASCII_CLASSES[escaped]}]")
+            else:
+                out.append("\\n" if escaped == "\n" else char + escaped)
+            continue
+        out.append({"\n": "\\n", "/": "\\/"}.get(char, char))
+        if char == "[":
+            depth += 1
+            for literal in ("^", "]"):  # a bracket that comes first closes nothing
+                if pattern.startswith(literal, place):
+                    out.append(literal)
+                    place += 1
+        elif char == "]":
+            depth = max(0, depth - 1)
     return "".join(out)
 
 

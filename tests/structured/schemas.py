@@ -96,17 +96,23 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "recursion": {
         "$defs": {
-            "node": {
+            "person": {
                 "type": "object",
                 "properties": {
-                    "value": {"type": "integer", "minimum": 0, "maximum": 99},
-                    "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]},
+                    "name": {"type": "string", "maxLength": 10},
+                    "parent": {
+                        "anyOf": [
+                            {"type": "string", "maxLength": 10},
+                            {"type": "null"},
+                            {"$ref": "#/$defs/person"},
+                        ]
+                    },
                 },
-                "required": ["value", "next"],
+                "required": ["name", "parent"],
                 "additionalProperties": False,
             }
         },
-        "$ref": "#/$defs/node",
+        "$ref": "#/$defs/person",
     },
     "numbers with ranges": {
         "type": "object",

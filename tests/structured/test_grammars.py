@@ -27,6 +27,7 @@ from minivllm.structured import (
 )
 from minivllm.tokenizer.gguf_vocab import tokenizer_from_gguf
 from minivllm.tokenizer.tokenizer import Tokenizer
+from tests.server.fakes import make_tokenizer as byte_tokenizer
 from tests.tokenizer.vocabularies import llama3_metadata, sentencepiece_metadata, smollm_metadata
 
 from .schemas import SCHEMAS
@@ -156,6 +157,26 @@ def test_forced_text_is_spelled_exactly(any_tokenizer: Tokenizer, has_encoder: b
         vocabulary._encode = None
     for text in ["a", " a", "\nab", '{"name":', "é你👍", "\n\n", "</s>"]:
         assert any_tokenizer.join_bytes(vocabulary(text)) == text.encode()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\d{2}/\w{2}",
+        r"[\d/]{2}\/[\w-]{1,2}",
+        r"[^\d]x?[]a/]{1,2}[^]b]",
+        r"\[\d\]\\\w",
+        "^(a|\\.|\n|\\\n)(?i:x)[^é]$",
+    ],
+)
+def test_regular_expressions_are_pythons(pattern: str) -> None:
+    """With a token for each byte, random walks reach what a library's own idea of a letter would add."""
+    tokenizer = byte_tokenizer()
+    grammars = Grammars(lambda: tokenizer, vocab_size=tokenizer.vocab_size, eos_token_ids=eos_of(tokenizer))
+    rng = random.Random(0)
+    for _ in range(40):
+        text = follow(grammars, tokenizer, SamplingParams(grammar=grammar_from_regex(pattern)), rng)
+        assert re.fullmatch(pattern, text), text
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
