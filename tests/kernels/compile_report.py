@@ -85,12 +85,38 @@ def attention(
     return call
 
 
+def layer(dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int) -> None:
+    """What a layer has beside attention and products, in the sizes of Llama 3 8B."""
+    from minivllm_kernels.triton_elementwise import rms_norm, rope_and_write_kv, silu_and_mul
+
+    num_tokens, cache = 128, torch.empty(4, 8, 16, head_dim, dtype=cache_dtype)
+    x, angles = torch.empty(num_tokens, 4096, dtype=dtype), torch.empty(num_tokens, head_dim)
+    rms_norm(x, x[0], 1e-5, None)
+    rms_norm(x, x[0], 1e-5, x.clone())
+    silu_and_mul(torch.empty(num_tokens, 2 * 14336, dtype=dtype))
+    heads = torch.empty(num_tokens, 48, head_dim, dtype=dtype)
+    rope_and_write_kv(heads, angles, angles, cache, cache, torch.empty(num_tokens, dtype=torch.int64))
+
+
+def sampling(dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int) -> None:
+    """Greedy and random draws from Llama 3's vocabulary, for few requests and for many, and its filters."""
+    from minivllm_kernels.triton_sampling import draw, keep_likely
+
+    for num_rows in (1, 128):
+        scores, each = torch.empty(num_rows, 128_256, dtype=dtype), torch.empty(num_rows)
+        draw(scores, None, None)
+        draw(scores, each, torch.empty(num_rows, 2, dtype=torch.int32))
+        keep_likely(scores, each, each, each, each)
+
+
 CALLS: dict[str, Callable[[torch.dtype, torch.dtype, int], None]] = {
     "decode": attention(1, 128, 512),
     "decode, split": attention(1, 16, 512),
     "prefill": attention(512, 4, 512),
     "prefill, window": attention(512, 4, 512, sliding_window=4096),
     "decode, window, softcap": attention(1, 128, 512, sliding_window=4096, softcap=50.0),
+    "layer": layer,
+    "sampling, all": sampling,
 }
 """What is compiled: functions of the activations' dtype, the cache's, and the head size."""
 
@@ -106,7 +132,7 @@ def all_cases() -> list[Case]:
         if "," not in call or (dtype, head_dim) == ("bfloat16", 128)
     ]
     for case in list(cases):
-        if case.call in ("decode", "prefill") and case.capability >= 89 and case.dtype == "bfloat16":
+        if case.call in ("decode", "prefill", "layer") and case.capability >= 89 and case.dtype == "bfloat16":
             cases.append(replace(case, cache_dtype="float8_e4m3fn"))
     return cases
 
