@@ -178,9 +178,10 @@ class PagedBlockManager(BlockManager):
         return True
 
     def grow(self, request: Request, num_tokens: int) -> bool:
-        num_new = blocks_for(request.num_computed_tokens + num_tokens) - len(request.block_table)
-        if num_new <= 0:  # 15 of 16 decodes
+        num_in_cache, num_blocks = request.num_computed_tokens + num_tokens, len(request.block_table)
+        if num_in_cache <= num_blocks * BLOCK_SIZE:  # 15 of 16 decodes
             return True
+        num_new = blocks_for(num_in_cache) - num_blocks
         if num_new > self.num_free_blocks:
             return False
         request.block_table.extend(self._allocate() for _ in range(num_new))

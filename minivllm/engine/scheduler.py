@@ -134,6 +134,7 @@ class Scheduler(ABC):
         Empty only if there is no work, or if all that runs waits for tokens of the step before.
         """
         budget = self.limits.max_num_batched_tokens
+        grow, commit = self.block_manager.grow, self.block_manager.commit
         scheduled: dict[Request, ScheduledRequest] = {}
 
         # In order of admission, and that is decodes first: whoever is still in its prompt is the last,
@@ -145,7 +146,7 @@ class Scheduler(ABC):
             if not request.block_table or num_known >= request.max_total_tokens:
                 continue  # evicted a moment ago, by another in this loop; or its last token is pending
             num_tokens = min(num_known - request.num_computed_tokens, budget)
-            while not self.block_manager.grow(request, num_tokens):
+            while not grow(request, num_tokens):
                 victim = self.running.pop()
                 if victim in scheduled:
                     budget += scheduled.pop(victim).num_tokens
@@ -156,7 +157,7 @@ class Scheduler(ABC):
                 scheduled[request] = ScheduledRequest(request, num_tokens)
                 budget -= num_tokens
         for item in scheduled.values():
-            self.block_manager.commit(item.request, item.num_tokens)
+            commit(item.request, item.num_tokens)
 
         while self.waiting and budget > 0 and self.may_admit():
             # A block stays free for each running sequence: admitting into the last ones would only
@@ -171,7 +172,7 @@ class Scheduler(ABC):
                 request.metrics.num_cached_tokens = request.num_computed_tokens
             num_tokens = min(request.num_uncomputed_tokens, budget)
             scheduled[request] = ScheduledRequest(request, num_tokens)
-            self.block_manager.commit(request, num_tokens)  # the next one may begin alike
+            commit(request, num_tokens)  # the next one may begin alike
             budget -= num_tokens
 
         return ScheduledBatch(list(scheduled.values()))
