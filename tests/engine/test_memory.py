@@ -359,7 +359,5 @@ def test_limits_are_allowed() -> None:
 def test_an_fp8_cache_needs_a_gpu_that_has_it(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path)
     config = EngineConfig(model=model, load_format="dummy", device="cpu", kv_cache_dtype="fp8")
-    with pytest.raises(
-        ConfigError, match=r"fp8 needs .* capability 8\.9 .*this is cpu"
-    ):
+    with pytest.raises(ConfigError, match=r"fp8 needs .* capability 8\.9 .*this is cpu"):
         build_engine(config, resolve_model(model, load_format="dummy"))
