@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from minivllm.errors import InvalidRequestError
 from minivllm.request import MAX_LOGPROBS, SamplingParams
+from minivllm.server.openapi import allow_nulls
 
 MAX_SAMPLES = 1024
 """Most sequences that one request may ask for: prompts times n."""
@@ -29,7 +30,7 @@ Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 class StrictModel(BaseModel):
     """Accepts exactly the fields it declares."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, json_schema_extra=allow_nulls)
 
     unsupported: ClassVar[frozenset[str]] = frozenset()
     """Fields that clients of OpenAI or vLLM may know, but that are refused here."""

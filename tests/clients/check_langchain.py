@@ -1,4 +1,4 @@
-"""langchain-openai: chat whole, streamed and in batches, usage, stop, log probabilities, completions, errors."""
+"""langchain-openai: chat whole, streamed and in batches, usage, stop, logprobs, completions, errors."""
 
 from __future__ import annotations
 

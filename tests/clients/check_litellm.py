@@ -1,4 +1,4 @@
-"""litellm: chat and text completions, whole and streamed, as OpenAI's server and as vLLM's; and its errors."""
+"""litellm: chat and text completions, whole and streamed, as of OpenAI and of vLLM; and its errors."""
 
 from __future__ import annotations
 

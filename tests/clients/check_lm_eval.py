@@ -1,4 +1,4 @@
-"""lm-eval's ``local-completions``: its scores are the offline engine's, one at a time, batched and concurrent."""
+"""lm-eval's ``local-completions``: its scores are the offline engine's, one by one, batched, concurrent."""
 
 from __future__ import annotations
 
