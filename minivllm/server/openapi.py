@@ -1,4 +1,4 @@
-"""What ``/openapi.json`` says where FastAPI and pydantic can't know: nulls in requests, and streamed answers."""
+"""What ``/openapi.json`` says where FastAPI and pydantic can't know: nulls, and streamed answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minivllm.server.responses import ErrorEnvelope
 
 
 def allow_nulls(schema: dict[str, Any]) -> None:
-    """Change a request's JSON schema to say that a field that is null counts as not given, even an unknown one."""
+    """Change a request's JSON schema: a field that is null counts as not given, even an unknown one."""
     required = schema.get("required", ())
     for name, field in schema["properties"].items():
         if name not in required and {"type": "null"} not in field.get("anyOf", ()):

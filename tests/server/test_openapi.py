@@ -1,6 +1,6 @@
 """``/openapi.json`` against what the routes do: requests that schemathesis makes up from it, and by mistake.
 
-No answer may be a 5xx, take forever, or have a status, a content type or a shape that the document doesn't have.
+No answer may be a 5xx, take forever, or have a status, a content type or a shape that isn't in it.
 """
 
 from __future__ import annotations
