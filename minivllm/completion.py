@@ -48,13 +48,19 @@ class CompletionStream:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         index: int = 0,
+        *,
+        shown_token_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """``shown_token_ids``: special tokens that show their text all the same."""
         self.needs_abort = False
         """A stop string was found while the engine goes on: the caller must abort the request there."""
         self._min_tokens = sampling.min_tokens
         self._shows_stop = sampling.include_stop_str_in_output
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
+            tokenizer,
+            prompt_token_ids,
+            skip_special_tokens=sampling.skip_special_tokens,
+            shown_token_ids=shown_token_ids,
         )
         self._matcher = StopStringMatcher(sampling.stop, shows_stop=self._shows_stop)
         self._texts: list[str] = []  # not in the output yet: joining at every token would be quadratic

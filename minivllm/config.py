@@ -166,6 +166,17 @@ class ServerConfig:
     port: int = option(8000, "TCP port to listen on; 0 for any free one")
     served_model_name: str | None = option(None, "the name clients ask for (default: --model as given)")
     chat_template: str | None = option(None, "a file with a Jinja chat template (default: the model's own)")
+    tool_call_parser: str = option(
+        "auto",
+        "how the model writes tool calls; auto: as its chat template says",
+        choices=("auto", "llama3_json", "pythonic", "hermes", "none"),
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "think: what an answer has in <think>…</think> is its reasoning_content; auto: if the chat template "
+        "has those tags",
+        choices=("auto", "think", "none"),
+    )
     api_key: tuple[str, ...] = option(
         (),
         "keys, of which a request to any path but /health and /ping must bring one, as Authorization: "

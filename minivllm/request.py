@@ -11,14 +11,18 @@ import math
 from array import array
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minivllm.errors import ContextLengthError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from minivllm.engine.grammar import GrammarState
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_CHARS = 256 * 1024
 
 
 PENDING_TOKEN = -1
@@ -79,6 +83,10 @@ class SamplingParams:
     """Whether the stop string that ended the answer is part of it."""
     skip_special_tokens: bool = True
     """Whether special tokens show no text."""
+    grammar: str | None = None
+    """What the answer must be: a grammar in llguidance's Lark. ``minivllm.structured`` makes one from a
+    JSON schema, a regular expression or a list of choices. End-of-turn tokens come where the grammar is
+    satisfied, and end the answer where it can't go on, whatever ``ignore_eos`` and ``min_tokens`` say."""
 
     def __post_init__(self) -> None:
         # A JSON array arrives as a list: keep the fields hashable and immutable.
@@ -100,6 +108,11 @@ class SamplingParams:
         for param in ("logprobs", "prompt_logprobs"):
             if getattr(self, param) is not None:
                 self._check_int(param, getattr(self, param), 0, MAX_LOGPROBS)
+        if self.grammar is not None:
+            if not isinstance(self.grammar, str) or not self.grammar.strip():
+                self._refuse("grammar", "a grammar's text", repr(self.grammar)[:80])
+            if len(self.grammar) > MAX_GRAMMAR_CHARS:
+                self._refuse("grammar", f"at most {MAX_GRAMMAR_CHARS} characters long", len(self.grammar))
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             self._refuse("logit_bias", f"at most {MAX_LOGIT_BIAS} tokens", len(self.logit_bias))
         for token_id, bias in self.logit_bias.items():
@@ -116,7 +129,12 @@ class SamplingParams:
     @property
     def reads_output(self) -> bool:
         """Whether the choice of a token takes the tokens before it, beyond the model."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.grammar is not None
+        )
 
     @property
     def is_greedy(self) -> bool:
@@ -203,6 +221,8 @@ class Request:
     """Prompt and output together end here."""
     priority: int = 0
     """The lower, the sooner it is admitted."""
+    end_token_ids: frozenset[int] = frozenset()
+    """Any of these ends it, once it has more than ``min_tokens``. Set by the scheduler."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     token_ids: list[int] = field(default_factory=list)
@@ -216,6 +236,8 @@ class Request:
     """Blocks at the start of the table that the prefix cache knows. Written by the block manager alone."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """Where asked for: of the prompt's second token and those after it, as far as they are computed."""
+    grammar: GrammarState | None = None
+    """Where the output stands in ``sampling.grammar``. Written by ``engine/grammar.py`` alone."""
     is_finished: bool = False
     """Whether its last event is out."""
 

@@ -17,8 +17,8 @@ class Missing(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Missing())
 """
 EVERYTHING_ELSE = {
-    "accelerate", "fastapi", "gguf", "httpx", "huggingface_hub", "jinja2", "msgspec", "pydantic",
-    "sentencepiece", "starlette", "tqdm", "transformers", "triton", "uvicorn", "zmq",
+    "accelerate", "fastapi", "gguf", "httpx", "huggingface_hub", "jinja2", "llguidance", "msgspec",
+    "pydantic", "sentencepiece", "starlette", "tqdm", "transformers", "triton", "uvicorn", "zmq",
 }  # fmt: skip
 
 

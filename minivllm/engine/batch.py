@@ -58,8 +58,8 @@ class FlatBatch:
         input_ids: list[int] = []
         for item in items:
             input_ids += item.request.token_ids[item.start : item.start + item.num_tokens]
-            if input_ids[-1] == PENDING_TOKEN and sampled_rows is not None:
-                input_ids[-1] = -1 - sampled_rows[item.request]
+            if input_ids[-1] == PENDING_TOKEN:
+                input_ids[-1] = -1 - (sampled_rows or {})[item.request]
         block_tables = [item.request.block_table for item in items]
         row_size = 4 * max(map(len, block_tables))
         rows = b"".join([table.tobytes().ljust(row_size, b"\0") for table in block_tables])

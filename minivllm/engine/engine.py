@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from minivllm.config import EngineConfig
 from minivllm.engine.block_manager import BlockManager, ContiguousBlockManager, PagedBlockManager
+from minivllm.engine.grammar import Grammars, GrammarState, wait_for_any
 from minivllm.engine.runner import PendingTokens, Runner
 from minivllm.engine.scheduler import (
     ContinuousScheduler,
@@ -46,6 +47,7 @@ class Engine:
         num_blocks: of the runner's KV pool.
         max_num_batched_tokens: most tokens in one step.
         eos_token_ids: ids that end a turn.
+        grammars: what requests with a grammar need; None where none may have one.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Engine:
         num_blocks: int,
         max_num_batched_tokens: int,
         eos_token_ids: frozenset[int],
+        grammars: Grammars | None = None,
     ) -> None:
         self.info = info
+        self.grammars = grammars
         self.runner = runner
         self.block_manager: BlockManager
         if config.kv_allocation == "paged":
@@ -78,6 +82,8 @@ class Engine:
         }
         self.scheduler = schedulers[config.scheduler](self.block_manager, limits)
         self._requests: dict[str, Request] = {}
+        self._compiling: dict[Request, GrammarState] = {}
+        """Requests that aren't in the scheduler's queue yet, because their grammars are being compiled."""
         self._in_flight: deque[_Step] = deque()
         """Steps that were started and whose tokens haven't been taken in, oldest first."""
         self._seeds = random.Random(config.seed)
@@ -85,7 +91,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether :meth:`step` would do anything."""
-        return self.scheduler.has_work or bool(self._in_flight)
+        return self.scheduler.has_work or bool(self._in_flight) or bool(self._compiling)
 
     def add(
         self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, *, priority: int = 0
@@ -95,7 +101,8 @@ class Engine:
         Of those that wait, the one of the lowest ``priority`` is admitted first.
 
         Raises:
-            InvalidRequestError: the id is taken, or the sequence could never fit into the KV pool.
+            InvalidRequestError: the id is taken, the sequence could never fit into the KV pool, or a
+                grammar is given and can't be followed here.
         """
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use by an unfinished request")
@@ -116,13 +123,22 @@ class Engine:
             priority=priority,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
         )
+        if sampling.grammar is None:
+            self.scheduler.add(request)
+        elif self.grammars is None:
+            raise InvalidRequestError("this engine has no tokenizer to follow one with", param="grammar")
+        else:
+            request.grammar = self._compiling[request] = self.grammars.begin(sampling.grammar)
         self._requests[request_id] = request
-        self.scheduler.add(request)
 
     def abort(self, request_id: str) -> EngineEvent | None:
         """End a request now. None if it has ended already."""
         request = self._requests.pop(request_id, None)
-        return None if request is None else self.scheduler.abort(request)
+        if request is None:
+            return None
+        if self._compiling.pop(request, None) is not None:
+            self.scheduler.add(request)
+        return self.scheduler.abort(request)
 
     def step(self) -> list[EngineEvent]:
         """Start a step over all that is scheduled, and take in the tokens of the one that ran until now.
@@ -130,7 +146,7 @@ class Engine:
         A runner that doesn't run ahead has its tokens at once. A step that raises ends its own
         requests only.
         """
-        events: list[EngineEvent] = []
+        events = self._queue_compiled()
         if self._in_flight and self._in_flight[0].batch.reads_output:
             events += self._take_in()
         batch = self.scheduler.schedule()
@@ -142,6 +158,20 @@ class Engine:
         for event in events:
             if event.finish_reason is not None:
                 del self._requests[event.request_id]
+        return events
+
+    def _queue_compiled(self) -> list[EngineEvent]:
+        """Queue the requests whose grammars are ready. Without other work, waits a moment for one."""
+        if not self._compiling:
+            return []
+        if not self.scheduler.has_work and not self._in_flight:
+            wait_for_any(self._compiling.values(), timeout=0.005)
+        events = []
+        for request in [request for request, grammar in self._compiling.items() if grammar.is_ready]:
+            error = self._compiling.pop(request).error
+            self.scheduler.add(request)
+            if error is not None:
+                events.append(self.scheduler.refuse(request, error))
         return events
 
     def _start(self, batch: ScheduledBatch) -> list[EngineEvent]:
@@ -169,7 +199,7 @@ class Engine:
         """Counts at this moment."""
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.scheduler.waiting) + len(self._compiling),
             num_used_blocks=self.block_manager.num_used_blocks,
             num_blocks=self.block_manager.num_blocks,
             num_preemptions=self.scheduler.num_preemptions,
@@ -180,6 +210,6 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError unless every block and every request is accounted for."""
         self.scheduler.check_integrity()
-        known = {*self.scheduler.running, *self.scheduler.waiting}
+        known = {*self.scheduler.running, *self.scheduler.waiting, *self._compiling}
         if set(self._requests.values()) != known:
             raise AssertionError("the engine and its scheduler disagree about the requests")

@@ -10,6 +10,7 @@ import torch
 from minivllm.config import BLOCK_SIZE
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.decode_graphs import DecodeGraphs
+from minivllm.engine.grammar import Grammars
 from minivllm.engine.prompt_logprobs import score_prompts
 from minivllm.engine.sampler import Sample, sample
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
@@ -39,12 +40,20 @@ class TorchRunner:
         num_blocks: of the KV pool, which is allocated here.
         kv_dtype: of the KV pool.
         eos_token_ids: masked while a request has fewer than ``min_tokens`` tokens.
+        grammars: of the engine; None where no request has one.
     """
 
     def __init__(
-        self, model: Llama, *, num_blocks: int, kv_dtype: torch.dtype, eos_token_ids: frozenset[int]
+        self,
+        model: Llama,
+        *,
+        num_blocks: int,
+        kv_dtype: torch.dtype,
+        eos_token_ids: frozenset[int],
+        grammars: Grammars | None = None,
     ) -> None:
         self.model = model
+        self.grammars = grammars
         self.runs_ahead = model.placement.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
         self.eos_token_ids = eos_token_ids
@@ -56,6 +65,7 @@ class TorchRunner:
     def execute(self, batch: ScheduledBatch) -> PendingTokens:
         """Flat tensors → logits → tokens. Mutates the KV pool, nothing else."""
         requests = batch.sampled_requests()
+        pending_mask = None if self.grammars is None else self.grammars.start_mask(requests)
         flat = FlatBatch.build(batch, self.model.placement.device, self._last_rows)
         if self._last_sampled is not None:
             flat = flat.with_sampled(self._last_sampled.tokens_L)
@@ -65,14 +75,18 @@ class TorchRunner:
             hidden = self.model.hidden(flat, self.caches)
             logits_LV = self.model.logits(hidden, flat.logits_index_L)
             score_prompts(self.model, hidden, batch)
-        sampled = sample(logits_LV, requests, self.eos_token_ids, self.model.kernels)
+        mask, errors = (None, {}) if pending_mask is None else pending_mask.wait()
+        sampled = sample(logits_LV, requests, self.eos_token_ids, self.model.kernels, mask)
         if self.runs_ahead:
             self._last_sampled = sampled
             self._last_rows = {request: row for row, request in enumerate(requests)}
 
         def fetch() -> list[SampledToken | None]:
-            tokens = iter(sampled.fetch())
-            return [next(tokens) if item.is_sampled else None for item in batch.requests]
+            tokens = sampled.fetch()
+            for row, error in errors.items():
+                tokens[row].error = error
+            rest = iter(tokens)
+            return [next(rest) if item.is_sampled else None for item in batch.requests]
 
         return fetch
 

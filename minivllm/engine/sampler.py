@@ -1,6 +1,7 @@
 """From logits to tokens, for the whole batch at once.
 
-The order is: biases, penalties and the mask of end-of-turn tokens, temperature, min-p, top-k, top-p, draw.
+The order is: a grammar's mask, biases, penalties and the mask of end-of-turn tokens, temperature, min-p,
+top-k, top-p, draw.
 
 A draw is the Gumbel-max trick (Maddison et al. 2014): each token's score gets noise of its own, and
 the largest sum wins. The noise is a hash of the request's seed, of how many tokens it has, and of
@@ -30,6 +31,16 @@ from minivllm_kernels import KernelBackend
 from minivllm.engine.scheduler import SampledToken
 from minivllm.engine.transfer import to_device, to_host
 from minivllm.request import Request, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMask:
+    """Which tokens may be sampled, in some rows."""
+
+    rows: list[int]
+    """R of the L rows, ascending; the others are free."""
+    bits_RB: npt.NDArray[np.uint8]
+    """[R, at least V / 8]: bit ``i % 8`` of byte ``i // 8`` allows token ``i``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +76,7 @@ def sample(
     requests: list[Request],
     eos_token_ids: frozenset[int],
     kernels: KernelBackend,
+    mask: TokenMask | None = None,
 ) -> Sample:
     """Choose each request's next token.
 
@@ -72,9 +84,11 @@ def sample(
         logits_LV: any floating dtype; not mutated.
         requests: one for each row.
         eos_token_ids: masked while a request has fewer than ``min_tokens`` tokens.
+        mask: of the rows whose tokens a grammar restricts.
     """
     params = [request.sampling for request in requests]
-    scores_LV = _add_biases(logits_LV, params)
+    scores_LV = logits_LV if mask is None else apply_token_mask(logits_LV, mask)
+    scores_LV = _add_biases(scores_LV, params)
     penalised = [
         row
         for row, p in enumerate(params)
@@ -130,6 +144,27 @@ def _add_biases(logits_LV: torch.Tensor, params: list[SamplingParams]) -> torch.
     return scores.view_as(logits_LV)
 
 
+def apply_token_mask(logits_LV: torch.Tensor, mask: TokenMask) -> torch.Tensor:
+    """The logits with -inf for tokens that ``mask`` doesn't allow; the argument isn't mutated."""
+    device, vocab_size = logits_LV.device, logits_LV.shape[1]
+    if device.type == "cpu":
+        bits_RV = np.unpackbits(mask.bits_RB, axis=1, count=vocab_size, bitorder="little")
+        allowed_RV = torch.from_numpy(bits_RV.view(np.bool_))
+    else:
+        allowed_RV = unpack_bits(to_device(mask.bits_RB, device))[:, :vocab_size]
+    nothing = logits_LV.new_full((), -torch.inf)
+    if len(mask.rows) == len(logits_LV):
+        return torch.where(allowed_RV, logits_LV, nothing)
+    index = _index(mask.rows, device)
+    return logits_LV.index_copy(0, index, torch.where(allowed_RV, logits_LV[index], nothing))
+
+
+def unpack_bits(bytes_RB: torch.Tensor) -> torch.Tensor:
+    """uint8 [R, B] to bool [R, 8 B], the lowest bit of each byte first; waits for nothing."""
+    places_8 = torch.arange(8, dtype=torch.uint8, device=bytes_RB.device)
+    return (bytes_RB[:, :, None] >> places_8 & 1).flatten(1).bool()
+
+
 def _index(values: list[int], device: torch.device) -> torch.Tensor:
     return to_device(np.array(values, dtype=np.int64), device)
 
@@ -169,7 +204,7 @@ def _mask_ends(
     places = [
         row * scores_LV.shape[1] + token_id
         for row, request in enumerate(requests)
-        if request.num_output_tokens < request.sampling.min_tokens
+        if request.num_output_tokens < request.sampling.min_tokens and request.sampling.grammar is None
         for token_id in (*eos_token_ids, *request.sampling.stop_token_ids)
     ]
     masked = scores_LV.flatten().index_fill(0, _index(places, scores_LV.device), -torch.inf)

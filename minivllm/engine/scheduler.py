@@ -71,6 +71,8 @@ class SampledToken:
 
     token_id: int
     logprob: TokenLogprob | None = None
+    error: str | None = None
+    """Why there is none: the request ends with this, and the others go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,11 @@ class Scheduler(ABC):
 
     def add(self, request: Request) -> None:
         """Put a new request at the end of the queue, or before those of a higher ``priority`` number."""
+        sampling = request.sampling
+        # A grammar's mask lets the end of a turn through where nothing else can follow.
+        ignores_eos = sampling.ignore_eos and sampling.grammar is None
+        eos_token_ids = frozenset() if ignores_eos else self.limits.eos_token_ids
+        request.end_token_ids = eos_token_ids.union(sampling.stop_token_ids)
         position = len(self.waiting)
         while position > 0 and self.waiting[position - 1].priority > request.priority:
             position -= 1
@@ -116,6 +123,10 @@ class Scheduler(ABC):
     def abort(self, request: Request) -> EngineEvent:
         """End a waiting or running request now; its blocks are free when this returns."""
         return self._finish(request, [], FinishReason.ABORT)
+
+    def refuse(self, request: Request, error: str) -> EngineEvent:
+        """End a waiting request that can't be served after all."""
+        return self._finish(request, [], FinishReason.ERROR, error=error)
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's work and allocate its blocks.
@@ -130,9 +141,10 @@ class Scheduler(ABC):
         for request in list(self.running):
             if budget == 0:
                 break
-            if not request.block_table or request.has_all_tokens:
+            num_known = len(request.token_ids)
+            if not request.block_table or num_known >= request.max_total_tokens:
                 continue  # evicted a moment ago, by another in this loop; or its last token is pending
-            num_tokens = min(request.num_uncomputed_tokens, budget)
+            num_tokens = min(num_known - request.num_computed_tokens, budget)
             while not self.block_manager.grow(request, num_tokens):
                 victim = self.running.pop()
                 if victim in scheduled:
@@ -189,20 +201,31 @@ class Scheduler(ABC):
                 request.prompt_logprobs[item.start :] = item.prompt_logprobs
             if token is None:
                 continue
+            if token.error is not None:
+                events.append(self._finish(request, [], FinishReason.ERROR, error=token.error))
+                continue
             num_tokens = item.start + item.num_tokens + 1
             request.token_ids[num_tokens - 1] = token.token_id
             if request.metrics.first_token_time == 0.0:
                 request.metrics.first_token_time = time.monotonic()
             logprobs = None if token.logprob is None else [token.logprob]
-            reason = self._finish_reason(request, num_tokens)
-            if reason is None:
-                event = EngineEvent(request.request_id, [token.token_id], logprobs)
+            num_output_tokens = num_tokens - len(request.prompt_token_ids)
+            if token.token_id in request.end_token_ids and self._may_end(request, num_output_tokens, token):
+                event = self._finish(request, [token.token_id], FinishReason.STOP, logprobs=logprobs)
+            elif num_tokens >= request.max_total_tokens:
+                event = self._finish(request, [token.token_id], FinishReason.LENGTH, logprobs=logprobs)
             else:
-                event = self._finish(request, [token.token_id], reason, logprobs=logprobs)
-            if request.sampling.prompt_logprobs is not None and num_tokens == request.num_prompt_tokens + 1:
+                event = EngineEvent(request.request_id, [token.token_id], logprobs)
+            if num_output_tokens == 1 and request.sampling.prompt_logprobs is not None:
                 event.prompt_logprobs = request.prompt_logprobs
             events.append(event)
         return events
+
+    def _may_end(self, request: Request, num_output_tokens: int, token: SampledToken) -> bool:
+        """Whether an end token ends the request, or was only drawn because nothing else was left."""
+        if request.sampling.grammar is not None and token.token_id in self.limits.eos_token_ids:
+            return True  # the grammar's mask lets none through that comes too early
+        return num_output_tokens > request.sampling.min_tokens  # the sampler masks them before that
 
     def fail(self, batch: ScheduledBatch, error: str) -> list[EngineEvent]:
         """End the requests of a step that raised; nobody else is touched."""
@@ -229,18 +252,6 @@ class Scheduler(ABC):
         victim.metrics.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(victim)
-
-    def _finish_reason(self, request: Request, num_tokens: int) -> FinishReason | None:
-        """Whether the request ends with its first ``num_tokens`` tokens, and why."""
-        params, token_id = request.sampling, request.token_ids[num_tokens - 1]
-        if num_tokens - request.num_prompt_tokens > params.min_tokens:  # the sampler masks them before that
-            if token_id in params.stop_token_ids:
-                return FinishReason.STOP
-            if token_id in self.limits.eos_token_ids and not params.ignore_eos:
-                return FinishReason.STOP
-        if num_tokens >= request.max_total_tokens:
-            return FinishReason.LENGTH
-        return None
 
     def _finish(
         self,

@@ -15,12 +15,14 @@ from minivllm_kernels import KernelBackend, PackedRows, available_backends, get_
 from minivllm.config import EngineConfig, format_size
 from minivllm.engine.decode_graphs import CudaRecorder, DecodeGraphs, graph_sizes
 from minivllm.engine.engine import Engine
+from minivllm.engine.grammar import Grammars
 from minivllm.engine.memory import device_memory, estimate_workspace, most_tokens, plan_memory
 from minivllm.engine.runner import TorchRunner
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.models.layers import Placement
 from minivllm.models.llama import Llama
 from minivllm.request import EngineInfo
+from minivllm.tokenizer.load import load_tokenizer
 from minivllm.weights.files import ModelFiles
 from minivllm.weights.loader import check_and_iterate, stored_bits
 
@@ -96,7 +98,16 @@ def make_engine(config: EngineConfig, files: ModelFiles, model: Llama) -> Engine
             files.config.max_position_embeddings,
         )
     eos_token_ids = frozenset(files.config.eos_token_ids)
-    runner = TorchRunner(model, num_blocks=ledger.num_blocks, kv_dtype=kv_dtype, eos_token_ids=eos_token_ids)
+    grammars = Grammars(
+        partial(load_tokenizer, files), vocab_size=files.config.vocab_size, eos_token_ids=eos_token_ids
+    )
+    runner = TorchRunner(
+        model,
+        num_blocks=ledger.num_blocks,
+        kv_dtype=kv_dtype,
+        eos_token_ids=eos_token_ids,
+        grammars=grammars,
+    )
     if sizes:
         with stage("decode graphs recorded"):
             runner.graphs = DecodeGraphs(
@@ -109,6 +120,7 @@ def make_engine(config: EngineConfig, files: ModelFiles, model: Llama) -> Engine
         num_blocks=ledger.num_blocks,
         max_num_batched_tokens=max_num_batched_tokens,
         eos_token_ids=eos_token_ids,
+        grammars=grammars,
     )
 
 

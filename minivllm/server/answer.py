@@ -10,7 +10,7 @@ from minivllm.completion import CompletionDelta
 from minivllm.request import CompletionOutput, FinishReason, TokenLogprob
 from minivllm.server.context import ServerContext
 from minivllm.server.formats import Choice, Format, Logprobs
-from minivllm.server.generation import Sample, run_samples
+from minivllm.server.generation import OnDelta, Sample, run_samples
 from minivllm.server.protocol import GenerationRequest
 from minivllm.server.responses import StopReason, Usage
 from minivllm.server.streaming import Emit
@@ -30,7 +30,7 @@ class Answer:
 
     async def whole(self) -> dict[str, object]:
         """Run all samples, then word them."""
-        outputs = await run_samples(self.context, self.samples, self.body.priority)
+        outputs = await self._run()
         choices = [self._choice(index, output) for index, output in enumerate(self._best(outputs))]
         content = self._envelope(self.wording.object_name, choices) | {"usage": self._usage(outputs)}
         if self.body.prompt_logprobs is not None:
@@ -51,6 +51,10 @@ class Answer:
                 usage = self._count(num_tokens)
             await emit(chunk | {"usage": usage} if include_usage or counts_always else chunk)
 
+        async def emit_choice(choice: Choice | None) -> None:
+            if choice is not None:
+                await emit_chunk([choice])
+
         async def on_delta(index: int, delta: CompletionDelta) -> None:
             nonlocal num_tokens
             if not self.body.only_echoes:
@@ -58,21 +62,25 @@ class Answer:
             if self.body.echoes and index not in begun:
                 begun.add(index)
                 text, logprobs = self._echo(self.samples[index], delta.prompt_logprobs)
-                await emit_chunk([self.wording.chunk_choice(index, text, logprobs)])
+                await emit_choice(self.wording.chunk_choice(index, text, logprobs))
             # No text yet: half a character, or what may become a stop string.
             if (delta.text or delta.logprobs) and not self.body.only_echoes:
                 found: Logprobs = None if delta.logprobs is None else [*delta.logprobs]
-                await emit_chunk([self.wording.chunk_choice(index, delta.text, found)])
+                await emit_choice(self.wording.chunk_choice(index, delta.text, found))
             if delta.finish_reason is not None:
-                await emit_chunk([self.wording.closing(index, self._stop_reason(delta.finish_reason))])
+                for choice in self.wording.closing(index, self._stop_reason(delta.finish_reason)):
+                    await emit_choice(choice)
 
         for sample in self.samples:
-            opening = self.wording.opening(sample.index)
-            if opening is not None:
-                await emit_chunk([opening])
-        outputs = await run_samples(self.context, self.samples, self.body.priority, on_delta)
+            await emit_choice(self.wording.opening(sample.index))
+        outputs = await self._run(on_delta)
         if include_usage:
             await emit_chunk([], self._usage(outputs))
+
+    async def _run(self, on_delta: OnDelta | None = None) -> list[CompletionOutput]:
+        return await run_samples(
+            self.context, self.samples, self.body.priority, self.wording.shown_token_ids, on_delta
+        )
 
     def _best(self, outputs: list[CompletionOutput]) -> list[CompletionOutput]:
         """Of each prompt's outputs the ``num_answers`` with the most likely tokens, on average."""

@@ -14,9 +14,11 @@ import minivllm
 from minivllm.config import ServerConfig
 from minivllm.errors import EngineDeadError, InvalidRequestError
 from minivllm.server.body import JsonRoute
+from minivllm.server.chat import ChatStyle
 from minivllm.server.context import Engine, ServerContext, ServerState
 from minivllm.server.door import guard
 from minivllm.server.errors import add_error_handlers, error_response
+from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.keys import ApiKeys
 from minivllm.server.lenient import LenientRoute
 from minivllm.server.openai import openai_router
@@ -32,19 +34,28 @@ def create_app(
     model_name: str,
     state: ServerState,
     api_keys: ApiKeys | None = None,
+    grammars: GrammarChecker | None = None,
 ) -> FastAPI:
     """The application that serves one model.
 
     Args:
         engine: started, and stopped by the caller.
         tokenizer: the model's.
-        server_config: its limits, and what it says of CORS; no keys and no files are read here.
+        server_config: its limits, what it says of CORS, and how answers are parsed; no keys and no files
+            are read here.
         model_name: what clients ask for.
         state: the caller's handle on the running application.
         api_keys: one of them is needed for every path but ``/health`` and ``/ping``; None: everybody may in.
+        grammars: closed by the caller. None: one of its own, whose process ends with this one.
     """
     context = ServerContext(
-        engine, tokenizer, model_name, state, max_tokens_per_request=server_config.max_tokens_per_request
+        engine,
+        tokenizer,
+        model_name,
+        state,
+        ChatStyle.of(tokenizer, server_config),
+        grammars or GrammarChecker(tokenizer, engine.info.vocab_size),
+        max_tokens_per_request=server_config.max_tokens_per_request,
     )
     app = _GuardedApp(
         lambda app: guard(app, server_config, api_keys),

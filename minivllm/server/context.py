@@ -9,6 +9,8 @@ from typing import Protocol
 
 from minivllm.errors import EngineDeadError, ModelNotFoundError, ShuttingDownError
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, SamplingParams
+from minivllm.server.chat import ChatStyle
+from minivllm.server.grammar_check import GrammarChecker
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 
@@ -50,6 +52,9 @@ class ServerContext:
     model_name: str
     """The name that clients ask for."""
     state: ServerState
+    chat_style: ChatStyle
+    """How the model writes tool calls and reasoning."""
+    grammars: GrammarChecker
     max_tokens_per_request: int | None = None
     """Most tokens that all samples of one request may have together."""
     created: int = field(default_factory=lambda: int(time.time()))

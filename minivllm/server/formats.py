@@ -6,7 +6,9 @@ from collections import defaultdict
 from typing import Any, Protocol
 
 from minivllm.request import TokenLogprob
+from minivllm.server.chat import ChatTurn
 from minivllm.server.logprobs import TextOffsets, chat_logprobs, completion_logprobs, prompt_logprobs
+from minivllm.server.message import MessageParser, join
 from minivllm.server.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -29,6 +31,8 @@ class Format(Protocol):
     id_prefix: str
     object_name: str
     chunk_object_name: str
+    shown_token_ids: frozenset[int]
+    """Special tokens that show their text, because something is to be read off them."""
 
     def choice(self, index: int, text: str, logprobs: Logprobs, finish_reason: StopReason) -> Choice:
         """A whole answer."""
@@ -36,10 +40,10 @@ class Format(Protocol):
     def opening(self, index: int) -> Choice | None:
         """What an answer's stream begins with, before there is any text."""
 
-    def chunk_choice(self, index: int, text: str, logprobs: Logprobs) -> Choice:
-        """A piece of an answer."""
+    def chunk_choice(self, index: int, text: str, logprobs: Logprobs) -> Choice | None:
+        """A piece of an answer. None where there is nothing to send yet."""
 
-    def closing(self, index: int, finish_reason: StopReason) -> Choice:
+    def closing(self, index: int, finish_reason: StopReason) -> list[Choice]:
         """What an answer's stream ends with."""
 
     def add_prompt_logprobs(self, content: dict[str, Any], found: list[list[TokenLogprob]]) -> None:
@@ -51,6 +55,7 @@ class CompletionFormat:
 
     id_prefix = "cmpl-"
     object_name = chunk_object_name = "text_completion"
+    shown_token_ids: frozenset[int] = frozenset()
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
@@ -76,9 +81,9 @@ class CompletionFormat:
         """See :class:`Format`."""
         return self.choice(index, text, logprobs, None)
 
-    def closing(self, index: int, finish_reason: StopReason) -> CompletionChoice:
+    def closing(self, index: int, finish_reason: StopReason) -> list[Choice]:
         """See :class:`Format`."""
-        return self.choice(index, "", None, finish_reason)
+        return [self.choice(index, "", None, finish_reason)]
 
     def add_prompt_logprobs(self, content: dict[str, Any], found: list[list[TokenLogprob]]) -> None:
         """Into each choice."""
@@ -99,31 +104,41 @@ class ChatFormat:
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, turn: ChatTurn) -> None:
+        self.shown_token_ids = turn.shown_token_ids
         self._tokenizer = tokenizer
+        self._turn = turn
+        self._no_content = None if turn.is_parsed else ""
+        self._parsers: dict[int, MessageParser] = {}  # of the answers that are streamed
 
     def choice(self, index: int, text: str, logprobs: Logprobs, finish_reason: StopReason) -> ChatChoice:
         """See :class:`Format`."""
+        parser = self._turn.make_parser()
         return {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": join((parser.push(text), parser.finish()), content=self._no_content),
             "logprobs": self._logprobs(logprobs),
-            "finish_reason": finish_reason,
+            "finish_reason": _finish_reason(parser, finish_reason),
         }
 
     def opening(self, index: int) -> ChatChunkChoice:
-        """The role."""
-        delta: ChatDelta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        """The role; and no content where there may be none."""
+        self._parsers[index] = self._turn.make_parser()
+        return _chunk(index, {"role": "assistant", "content": self._no_content})
 
-    def chunk_choice(self, index: int, text: str, logprobs: Logprobs) -> ChatChunkChoice:
+    def chunk_choice(self, index: int, text: str, logprobs: Logprobs) -> ChatChunkChoice | None:
         """See :class:`Format`."""
-        delta: ChatDelta = {"content": text}
-        return {"index": index, "delta": delta, "logprobs": self._logprobs(logprobs), "finish_reason": None}
+        delta = self._parsers[index].push(text)
+        if not delta and not logprobs:
+            return None
+        return _chunk(index, delta, self._logprobs(logprobs))
 
-    def closing(self, index: int, finish_reason: StopReason) -> ChatChunkChoice:
+    def closing(self, index: int, finish_reason: StopReason) -> list[Choice]:
         """See :class:`Format`."""
-        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
+        parser = self._parsers[index]
+        rest = parser.finish()
+        last = _chunk(index, {}, None, _finish_reason(parser, finish_reason))
+        return [_chunk(index, rest), last] if rest else [last]
 
     def add_prompt_logprobs(self, content: dict[str, Any], found: list[list[TokenLogprob]]) -> None:
         """Beside the choices, which have one prompt."""
@@ -134,3 +149,16 @@ class ChatFormat:
             return None
         known = [entry for entry in logprobs if not isinstance(entry, int)]  # all: a chat echoes nothing
         return chat_logprobs(self._tokenizer, known)
+
+
+def _chunk(
+    index: int,
+    delta: ChatDelta,
+    logprobs: ChatLogprobs | None = None,
+    finish_reason: StopReason | None = None,
+) -> ChatChunkChoice:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _finish_reason(parser: MessageParser, reason: StopReason) -> StopReason:
+    return "tool_calls" if parser.has_calls and reason == "stop" else reason

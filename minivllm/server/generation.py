@@ -64,16 +64,35 @@ def _share(limit: int, num_samples: int, max_tokens: int | None) -> int:
 
 
 async def run_samples(
-    context: ServerContext, samples: list[Sample], priority: int, on_delta: OnDelta | None = None
+    context: ServerContext,
+    samples: list[Sample],
+    priority: int,
+    shown_token_ids: frozenset[int],
+    on_delta: OnDelta | None = None,
 ) -> list[CompletionOutput]:
-    """Run all samples at once; when one fails, or this is cancelled, the others are aborted."""
-    return await run_all(_run_sample(context, sample, priority, on_delta) for sample in samples)
+    """Run all samples at once; when one fails, or this is cancelled, the others are aborted.
+
+    ``shown_token_ids``: special tokens that show their text all the same.
+    """
+    return await run_all(
+        _run_sample(context, sample, priority, shown_token_ids, on_delta) for sample in samples
+    )
 
 
 async def _run_sample(
-    context: ServerContext, sample: Sample, priority: int, on_delta: OnDelta | None
+    context: ServerContext,
+    sample: Sample,
+    priority: int,
+    shown_token_ids: frozenset[int],
+    on_delta: OnDelta | None,
 ) -> CompletionOutput:
-    stream = CompletionStream(context.tokenizer, sample.prompt_token_ids, sample.sampling, sample.index)
+    stream = CompletionStream(
+        context.tokenizer,
+        sample.prompt_token_ids,
+        sample.sampling,
+        sample.index,
+        shown_token_ids=shown_token_ids,
+    )
     events = context.engine.generate(sample.request_id, sample.prompt_token_ids, sample.sampling, priority)
     async with contextlib.aclosing(events):
         async for event in events:

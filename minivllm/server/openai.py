@@ -8,7 +8,7 @@ They differ in the first step and in the wording (``formats.py``); ``answer.py``
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -17,9 +17,11 @@ from minivllm.errors import InvalidRequestError
 from minivllm.request import SamplingParams
 from minivllm.server.answer import Answer
 from minivllm.server.body import JsonRoute
+from minivllm.server.chat import ChatTurn
 from minivllm.server.context import ServerContext
 from minivllm.server.formats import ChatFormat, CompletionFormat, Format
 from minivllm.server.generation import Sample, make_samples
+from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.openapi import event_stream
 from minivllm.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from minivllm.server.responses import ChatChunk, ChatCompletion, Completion, Model, ModelList
@@ -51,24 +53,26 @@ def openai_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRo
 
     @router.post("/completions", response_model=Completion, responses=event_stream(Completion))
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
-        def encode() -> list[list[int]]:
+        def prepare(sampling: SamplingParams) -> tuple[list[list[int]], SamplingParams]:
             return [
                 tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
                 if isinstance(prompt, str)
                 else prompt
                 for prompt in body.prompts
-            ]
+            ], sampling
+
+        async def check_grammar(grammars: GrammarChecker, grammar: str) -> None:
+            await grammars.check(grammar, body.grammar_param)
 
         wording = CompletionFormat(tokenizer, skip_special_tokens=body.skip_special_tokens is not False)
-        return await _generate(context, request, body, encode, wording)
+        return await _generate(context, request, body, prepare, check_grammar, wording)
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses=event_stream(ChatChunk))
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
-        def encode() -> list[list[int]]:
-            messages = [message.for_template() for message in body.messages]
-            return [tokenizer.encode_chat(messages, **body.template_options)]
-
-        return await _generate(context, request, body, encode, ChatFormat(tokenizer))
+        turn = ChatTurn(body, tokenizer, context.chat_style)
+        return await _generate(
+            context, request, body, turn.prepare, turn.check_grammar, ChatFormat(tokenizer, turn)
+        )
 
     return router
 
@@ -77,20 +81,25 @@ async def _generate(
     context: ServerContext,
     request: Request,
     body: GenerationRequest,
-    encode: Callable[[], list[list[int]]],
+    prepare: Callable[[SamplingParams], tuple[list[list[int]], SamplingParams]],
+    check_grammar: Callable[[GrammarChecker, str], Awaitable[None]],
     wording: Format,
 ) -> Response:
-    """Answer ``body``, for as long as the client is there. ``encode`` makes the prompts' token ids."""
+    """Answer ``body``, for as long as the client is there.
+
+    ``prepare`` makes the prompts' token ids, and what they ask of the sampling parameters beside;
+    ``check_grammar`` raises where answers can't follow the one that the parameters have then.
+    """
     context.check_ready()
     context.check_model(body.model)
     # Ours, never the client's X-Request-Id: the engine's ids must be unique.
     answer_id = wording.id_prefix + request.state.unique_id
 
     def make(sampling: SamplingParams) -> list[Sample]:
-        prompts = encode()
+        prompts, prepared = prepare(sampling)
         if body.truncate_prompt_tokens is not None:
             prompts = [prompt[-body.truncate_prompt_tokens :] for prompt in prompts]
-        return make_samples(context, answer_id, prompts, sampling, body.default_max_tokens)
+        return make_samples(context, answer_id, prompts, prepared, body.default_max_tokens)
 
     try:
         # In a thread: a long prompt takes a while, and other clients' streams must not wait for it.
@@ -99,6 +108,9 @@ async def _generate(
     except InvalidRequestError as error:
         error.param = body.given_name(error.param)
         raise
+    grammar = samples[0].sampling.grammar
+    if grammar is not None:
+        await check_grammar(context.grammars, grammar)
     answer = Answer(context, body, answer_id, wording, samples, sampling.n)
     if body.stream:
         return EventStream(answer.stream)

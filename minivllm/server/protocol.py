@@ -8,48 +8,24 @@ not given, as clients send nulls for what they leave open. Ranges of sampling fi
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from minivllm.errors import InvalidRequestError
 from minivllm.request import MAX_LOGPROBS, SamplingParams
-from minivllm.server.openapi import allow_nulls
+from minivllm.server.strict import StrictModel
+from minivllm.server.structured_protocol import ResponseFormat, StructuredOutputs, make_grammar
+from minivllm.server.tool_protocol import ToolCall, ToolFields
 
 MAX_SAMPLES = 1024
 """Most sequences that one request may ask for: prompts times n."""
 
 Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 """An integer that fits the message to the engine. JSON's have no limit."""
-
-
-class StrictModel(BaseModel):
-    """Accepts exactly the fields it declares."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, json_schema_extra=allow_nulls)
-
-    unsupported: ClassVar[frozenset[str]] = frozenset()
-    """Fields that clients of OpenAI or vLLM may know, but that are refused here."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_names(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data  # pydantic's own check says what it should be
-        given = {name: value for name, value in data.items() if value is not None}
-        for name in given:
-            if name in cls.unsupported:
-                raise InvalidRequestError(f"{name!r} is not supported", param=name)
-            if name not in cls.model_fields:
-                name = name[:80]
-                nearest = difflib.get_close_matches(name, cls.model_fields, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise InvalidRequestError(f"unknown field {name!r}{hint}", param=name)
-        return given
 
 
 def _kind_of_text_or_list(value: Any) -> str | None:
@@ -106,8 +82,6 @@ class GenerationRequest(StrictModel):
 
     unsupported = frozenset(
         {
-            # OpenAI's
-            # vLLM's
             "allowed_token_ids",
             "bad_words",
             "cache_salt",
@@ -124,11 +98,9 @@ class GenerationRequest(StrictModel):
             "min_tokens_to_keep",
             "repetition_detection",
             "request_id",
-            "response_format",
             "return_token_ids",
             "return_tokens_as_token_ids",
             "spaces_between_special_tokens",
-            "structured_outputs",
             "use_beam_search",
             "vllm_xargs",
         }
@@ -164,6 +136,8 @@ class GenerationRequest(StrictModel):
     """Left out: only to a prompt, as a chat template writes its own."""
     priority: Int = 0
     """The lower, the sooner a request leaves the queue."""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -220,8 +194,14 @@ class GenerationRequest(StrictModel):
         """What this request calls the field that :func:`minivllm.request.check_request` calls ``param``."""
         return param
 
+    @property
+    def grammar_param(self) -> str | None:
+        """The field that restricts the answer, if one does."""
+        return make_grammar(self.response_format, self.structured_outputs)[1]
+
     def _sampling_fields(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
+        given = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)}
+        return given | {"grammar": make_grammar(self.response_format, self.structured_outputs)[0]}
 
 
 def _token_id(key: str) -> int:
@@ -331,9 +311,8 @@ class TextPart(StrictModel):
 class ChatMessage(StrictModel):
     """One message. What a role means, and whether it is allowed, is up to the model's chat template."""
 
-    unsupported = frozenset(
-        {"annotations", "audio", "function_call", "reasoning", "reasoning_content", "refusal", "tool_calls"}
-    )
+    unsupported = frozenset({"annotations", "audio", "reasoning", "refusal"})
+    replaced: ClassVar = {"function_call": "tool_calls"}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
@@ -348,6 +327,8 @@ class ChatMessage(StrictModel):
         | None
     ) = None
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    reasoning_content: str | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -355,6 +336,15 @@ class ChatMessage(StrictModel):
         if self.content is None and self.role != "assistant":
             raise InvalidRequestError(
                 f"content is required in a message of role {self.role}", param="content"
+            )
+        for name in ("tool_calls", "reasoning_content"):
+            if getattr(self, name) and self.role != "assistant":
+                raise InvalidRequestError(
+                    f"{name} is only allowed in a message of role assistant, got {self.role!r}", param=name
+                )
+        if self.role == "tool" and self.tool_call_id is None:
+            raise InvalidRequestError(
+                "tool_call_id is required in a message of role tool", param="tool_call_id"
             )
         return self
 
@@ -364,28 +354,28 @@ class ChatMessage(StrictModel):
             content = "\n".join(part.text for part in self.content)
         else:
             content = self.content or ""
-        extra = {"name": self.name, "tool_call_id": self.tool_call_id}
+        extra = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
+            "tool_calls": [call.for_template() for call in self.tool_calls or []] or None,
+        }
         return {"role": self.role, "content": content} | {k: v for k, v in extra.items() if v is not None}
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(ToolFields, GenerationRequest):
     """``POST /v1/chat/completions``."""
 
     unsupported = GenerationRequest.unsupported | {
         # OpenAI's
         "audio",
-        "function_call",
-        "functions",
         "modalities",
         "moderation",
-        "parallel_tool_calls",
         "prediction",
         "reasoning_effort",
-        "tool_choice",
-        "tools",
         "verbosity",
         "web_search_options",
         # vLLM's
@@ -445,9 +435,8 @@ class ChatRequest(GenerationRequest):
 
     @property
     def template_options(self) -> dict[str, Any]:
-        """For :meth:`minivllm.tokenizer.tokenizer.Tokenizer.encode_chat`."""
+        """For :meth:`minivllm.tokenizer.tokenizer.Tokenizer.apply_chat_template`."""
         return {
-            "add_special_tokens": bool(self.add_special_tokens),
             "add_generation_prompt": self.add_generation_prompt is not False,
             "continue_final_message": self.continue_final_message,
             "extra": self.chat_template_kwargs,

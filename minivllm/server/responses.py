@@ -8,7 +8,7 @@ from typing import Literal
 
 from typing_extensions import NotRequired, TypedDict  # pydantic needs these before Python 3.12
 
-StopReason = Literal["stop", "length"]
+StopReason = Literal["stop", "length", "tool_calls"]
 
 
 class ErrorDetail(TypedDict):
@@ -104,12 +104,30 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class CalledFunction(TypedDict):
+    """A function's name, and the JSON text of its arguments, which the client must check."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """A function that the model wants called."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(TypedDict):
     """What the model said."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """None where there is none, but might be tool calls or reasoning."""
     refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class ChatChoice(TypedDict):
@@ -133,11 +151,29 @@ class ChatCompletion(TypedDict):
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
+class CalledFunctionDelta(TypedDict):
+    """The name, in a call's first delta, and more of the arguments."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """What a chunk adds to one of the calls."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: CalledFunctionDelta
+
+
 class ChatDelta(TypedDict):
-    """What a chunk adds to the message: the role first, then text, and nothing in the last."""
+    """What a chunk adds to the message: the role first, then text or calls, and nothing in the last."""
 
     role: NotRequired[Literal["assistant"]]
-    content: NotRequired[str]
+    content: NotRequired[str | None]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChatChunkChoice(TypedDict):

@@ -26,9 +26,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises :class:`InvalidRequestError` where ``source`` isn't valid Jinja."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-        )
+        environment = _environment()
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
@@ -46,10 +44,11 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt for ``messages``. Fields that are None count as left out.
+        """The prompt for ``messages``, and ``tools``. A message's fields that are None count as left out.
 
         Args:
             extra: variables of the template's own, such as ``enable_thinking``.
@@ -73,7 +72,7 @@ class ChatTemplate:
             **self._special_tokens,
             "messages": given,
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": tools,
             "documents": None,
         }
         pieces: list[str] = []
@@ -93,6 +92,20 @@ class ChatTemplate:
                 f"the chat template can't render these messages: {reason}", param="messages"
             ) from error
         return "".join(pieces)
+
+
+def takes_tools(source: str) -> bool:
+    """Whether a template reads the variable ``tools``. One that isn't valid Jinja does nothing."""
+    try:
+        return "tools" in meta.find_undeclared_variables(_environment().parse(source))
+    except TemplateError:
+        return False
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
 
 
 class _RefusedByTemplate(TemplateError):

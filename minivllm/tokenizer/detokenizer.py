@@ -23,10 +23,18 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        shown_token_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """``shown_token_ids``: special tokens that show their text all the same."""
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._hidden_token_ids = frozenset[int]()
+        if skip_special_tokens:
+            self._hidden_token_ids = tokenizer.special_token_ids - shown_token_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         tail = self._last_bytes(prompt_token_ids)
         self._decoder.decode(tail)
@@ -54,4 +62,4 @@ class IncrementalDetokenizer:
         return tail
 
     def _join_bytes(self, token_ids: Sequence[int]) -> bytes:
-        return self._tokenizer.join_bytes(token_ids, skip_special_tokens=self._skip_special_tokens)
+        return self._tokenizer.join_bytes(token_ids, hidden=self._hidden_token_ids)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -78,6 +78,24 @@ class Tokenizer:
         return self._template_source is not None
 
     @property
+    def chat_template(self) -> str | None:
+        """The template's text."""
+        return self._template_source
+
+    @cached_property
+    def chat_template_takes_tools(self) -> bool:
+        """Whether the template does something with tools, or is missing, or broken: then nothing does."""
+        if self._template_source is None:
+            return False
+        from minivllm.tokenizer.chat_template import takes_tools
+
+        return takes_tools(self._template_source)
+
+    def special_ids_of(self, texts: Collection[str]) -> frozenset[int]:
+        """Those of :attr:`special_token_ids` whose text is one of ``texts``."""
+        return frozenset(i for i in self.special_token_ids if self.token_to_text(i) in texts)
+
+    @property
     def strips_leading_space(self) -> bool:
         """Whether one space at the very start of a text isn't shown (SentencePiece put it there)."""
         return self._alphabet.strips_leading_space
@@ -109,9 +127,16 @@ class Tokenizer:
             data = data.removeprefix(b" ")
         return data.decode(errors="replace")
 
-    def join_bytes(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> bytes:
-        """The bytes of ``token_ids``, one after the other."""
-        hidden = self.special_token_ids if skip_special_tokens else frozenset()
+    def join_bytes(
+        self,
+        token_ids: Iterable[int],
+        *,
+        skip_special_tokens: bool = True,
+        hidden: frozenset[int] | None = None,
+    ) -> bytes:
+        """The bytes of ``token_ids``, one after the other; with ``hidden``, all but those."""
+        if hidden is None:
+            hidden = self.special_token_ids if skip_special_tokens else frozenset()
         return b"".join(self.token_bytes(token_id) for token_id in token_ids if token_id not in hidden)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -147,6 +172,7 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         extra: Mapping[str, Any] | None = None,
@@ -154,6 +180,7 @@ class Tokenizer:
         """The prompt for ``messages`` (``role`` and ``content``, a string), in the model's own format.
 
         Args:
+            tools: what the template shows of functions, if it :attr:`chat_template_takes_tools`.
             add_generation_prompt: end with what begins the model's answer.
             continue_final_message: end with the last message's content, for the model to go on with.
             extra: further variables that the template reads.
@@ -169,12 +196,13 @@ class Tokenizer:
                     param="messages",
                 )
             self._template = self._compile(self._template_source)
+        render = partial(self._template.render, tools=tools, extra=extra)
         if not continue_final_message or not messages:
-            return self._template.render(messages, add_generation_prompt=add_generation_prompt, extra=extra)
+            return render(messages, add_generation_prompt=add_generation_prompt)
         # What the template writes after the content is cut off where a mark shows that the content ends.
         mark = f"<end of message {secrets.token_hex(16)}>"
         last = {**messages[-1], "content": (messages[-1].get("content") or "") + mark}
-        text = self._template.render([*messages[:-1], last], add_generation_prompt=False, extra=extra)
+        text = render([*messages[:-1], last], add_generation_prompt=False)
         before, found, _ = text.rpartition(mark)
         if not found:
             raise InvalidRequestError(

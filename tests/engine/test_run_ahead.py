@@ -27,6 +27,7 @@ from minivllm.models.attention import LayerCache
 from minivllm.models.llama import Hidden
 from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, SamplingParams
 from minivllm.weights.files import resolve_model
+from tests.conftest import run_all
 from tests.tiny_model import VOCAB_SIZE, write_tiny_model
 
 MakeEngine = Callable[..., Engine]
@@ -129,8 +130,17 @@ def test_the_tokens_are_the_same(
             if ours.logprobs is not None and theirs.logprobs is not None:
                 assert ours.logprobs[0].token_id == theirs.logprobs[0].token_id
                 assert ours.logprobs[0].logprob == pytest.approx(theirs.logprobs[0].logprob, abs=1e-4)
-    if settings == {"num_blocks": 14}:
-        assert engine.stats().num_preemptions > 0
+
+
+def test_a_sequence_is_evicted_while_its_token_is_pending(make_tiny_engine: MakeEngine) -> None:
+    """Six sequences that begin with 2 blocks and end with 5, in a pool of 14."""
+    rng = random.Random(1)
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(30)] for _ in range(6)]
+    sampling = SamplingParams(max_tokens=40, temperature=1.0, seed=8, ignore_eos=True)
+    engines = [make_tiny_engine(runs_ahead=runs_ahead, num_blocks=14) for runs_ahead in (False, True)]
+    want, have = (run_all(engine, prompts, sampling) for engine in engines)
+    assert have == want
+    assert all(engine.stats().num_preemptions > 0 for engine in engines)
 
 
 def test_a_step_is_left_running(make_tiny_engine: MakeEngine) -> None:

@@ -211,12 +211,12 @@ def served(
 
 
 @contextmanager
-def run_server(app: FastAPI, config: ServerConfig) -> Iterator[int]:
+def run_server(app: FastAPI, config: ServerConfig | None = None) -> Iterator[int]:
     """Serve ``app`` on a free port, with the settings that ``minivllm serve`` gives uvicorn."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # as `serve` makes it
     listener.bind(("127.0.0.1", 0))
     listener.listen()
-    server = uvicorn.Server(uvicorn_config(app, config, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn_config(app, config or ServerConfig(), timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

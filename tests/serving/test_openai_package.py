@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -145,6 +146,63 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert logprobs.text_offset[0] == 0
 
 
+def test_tools_that_the_model_may_call(client: openai.OpenAI) -> None:
+    """Its chat template shows no tools, so it is told of them in words; what it then says is up to it."""
+    tool = {"type": "function", "function": {"name": "get_time", "description": "The time of day."}}
+    ask = {"model": EMBEDDED_MODEL, "messages": CAPITAL, "temperature": 0, "tools": [tool], "max_tokens": 48}
+    with_tools = client.chat.completions.create(**ask)
+    assert with_tools.usage.prompt_tokens > 36
+    with client.chat.completions.stream(**ask) as stream:
+        streamed = stream.get_final_completion()
+    assert streamed.choices[0].message.content == with_tools.choices[0].message.content
+    without = client.chat.completions.create(**ask, tool_choice="none")
+    assert without.choices[0].message.content == "The capital of France is Paris."
+    assert without.usage.prompt_tokens == 36
+
+
+def test_tools_that_the_model_must_call(client: openai.OpenAI) -> None:
+    """Its answers follow the functions' schemas, though it was never trained to call any."""
+    parameters = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 20},
+            "unit": {"enum": ["celsius", "fahrenheit"]},
+        },
+        "required": ["city", "unit"],
+    }
+    weather = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
+    clock = {"type": "function", "function": {"name": "get_time"}}
+    ask = {
+        "model": EMBEDDED_MODEL,
+        "messages": [{"role": "user", "content": "What is the weather in Oslo?"}],
+        "tools": [clock, weather],
+        "parallel_tool_calls": False,
+    }
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for choice, seed in [("required", 1), (named, 2)]:
+        limits = {"tool_choice": choice, "seed": seed, "temperature": 1.5, "max_tokens": 200}
+        answer = client.chat.completions.create(**ask, **limits).choices[0]
+        with client.chat.completions.stream(**ask, **limits) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        assert answer.finish_reason == streamed.finish_reason == "tool_calls"
+        assert answer.message.content is None
+        (call,), (same,) = answer.message.tool_calls, streamed.message.tool_calls
+        assert (call.function.name, call.function.arguments) == (same.function.name, same.function.arguments)
+        arguments = json.loads(call.function.arguments)
+        if call.function.name == "get_time":
+            assert choice == "required"
+            assert arguments == {}
+        else:
+            assert arguments.keys() == {"city", "unit"}
+            assert len(arguments["city"]) <= 20
+            assert arguments["unit"] in ("celsius", "fahrenheit")
+    bad = {"type": "object", "properties": {"a": {"not": {}}}}
+    tools = [clock, {"type": "function", "function": {"name": "f", "parameters": bad}}]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**{**ask, "tools": tools}, tool_choice="required")
+    assert refused.value.param == "tools[1].function.parameters"
+
+
 def test_errors_are_the_package_s_own(client: openai.OpenAI) -> None:
     ask = {"model": EMBEDDED_MODEL, "messages": CAPITAL}
     with pytest.raises(openai.NotFoundError) as not_found:
@@ -160,8 +218,8 @@ def test_errors_are_the_package_s_own(client: openai.OpenAI) -> None:
     assert "8192" in too_long.value.message
     assert "9000" in too_long.value.message
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(**ask, tools=[{"type": "function", "function": {"name": "f"}}])
-    assert unsupported.value.param == "tools"
+        client.chat.completions.create(**ask, verbosity="low")
+    assert unsupported.value.param == "verbosity"
     with pytest.raises(openai.BadRequestError) as unknown:
         client.chat.completions.create(**ask, extra_body={"temprature": 1})
     assert "temperature" in unknown.value.message
