@@ -181,6 +181,27 @@ REFUSED: list[tuple[str, bytes, str | None, str]] = [
     (CHAT, b"{" + HI + b', "logit_bias": {"": 1}}', "logit_bias", "got the key ''"),
     (CHAT, b"{" + HI + b', "logit_bias": {"5": null}}', "logit_bias.5", "must be a number, got None"),
     (CHAT, b"{" + HI + b', "logit_bias": {"99999999999999999999": 1}}', "logit_bias", "the key '99999"),
+    # structured output
+    (
+        COMPLETIONS,
+        completion(
+            b'"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": true}}'
+        ),
+        "response_format.json_schema.name",
+        "must be a string that matches ^[a-zA-Z0-9_-]{1,64}$, got 'a b'",
+    ),
+    (
+        COMPLETIONS,
+        completion(b'"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": 5}}'),
+        "response_format.json_schema.schema",
+        "must be a JSON schema: an object, true or false, got 5",
+    ),
+    (
+        COMPLETIONS,
+        completion(b'"structured_outputs": {"json": 5}'),
+        "structured_outputs.json",
+        "or its text, got 5",
+    ),
     # a field given twice: the last one counts
     (COMPLETIONS, b'{"prompt": "x", "prompt": 5}', "prompt", "and not empty, got 5"),
     (COMPLETIONS, completion(b'"n": 1, "n": 0'), "n", "at least 1, got 0"),
