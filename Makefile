@@ -2,6 +2,7 @@
 # make install  the set-up alone
 # make test     set up with the test tools, and run the whole suite
 # make test-gpu the kernels' tests, and those that need an NVIDIA GPU; with the packages of $(PYTHON), no set-up
+# make docs     docs/api.md, from the code
 # make clients  langchain-openai, litellm and lm-eval against a server of the embedded model
 # make lint     ruff and mypy
 # make sanitize a second build of the C++ kernels, with GCC's AddressSanitizer and UBSan, and their tests
@@ -19,7 +20,7 @@ SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-wrapv -fn
 PRELOAD = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(name)))
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve install test test-gpu clients lint sanitize
+.PHONY: serve install test test-gpu docs clients lint sanitize
 
 serve: install
 	@.venv/bin/minivllm serve $(ARGS)
@@ -32,6 +33,9 @@ test: .venv/installed-test
 # Needs torch, triton, transformers, safetensors, tokenizers, numpy, pytest and hypothesis.
 test-gpu:
 	$(PYTHON) -m pytest tests/kernels tests/gpu $(ARGS)
+
+docs: .venv/installed-test
+	.venv/bin/python docs/generate_api.py
 
 clients: .venv/installed-clients
 	.venv/bin/python -m tests.clients
