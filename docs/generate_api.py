@@ -57,8 +57,8 @@ ERRORS = """\
 ## Errors
 
 Every answer that isn't a 200 has OpenAI's envelope, `{"error": {"message", "type", "param", "code"}}`;
-`param` is the field's path (`messages[0].content`), and the message has the limit and the given value. A stream that
-fails midway ends with such an event, and without `[DONE]`.
+`param` is the field's path (`messages[0].content`), and the message has the limit and the given value. A
+stream that fails midway ends with such an event, and without `[DONE]`.
 
 | status | when | `code` |
 |---|---|---|

@@ -1,4 +1,6 @@
-"""langchain-openai: chat whole, streamed and in batches, usage, stop, logprobs, completions, errors."""
+"""langchain-openai: chat whole, streamed and in batches, usage, stop, logprobs, tools, structured output,
+completions, errors.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import os
 import openai
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
 
 BASE = {
     "base_url": os.environ["MINIVLLM_URL"] + "/v1",
@@ -49,6 +52,26 @@ assert all(len(entry["top_logprobs"]) == 2 for entry in likely["content"]), like
 seeded = ChatOpenAI(**BASE | {"temperature": 1}, seed=7, max_tokens=16)
 assert seeded.invoke(QUESTION).content == seeded.invoke(QUESTION).content
 assert "".join(chunk.content for chunk in seeded.stream(QUESTION)) == seeded.invoke(QUESTION).content
+
+
+class City(BaseModel):
+    """A city."""
+
+    name: str
+    is_capital: bool
+
+
+def get_weather(city: str) -> str:
+    """Get the weather in a city."""
+    return city
+
+
+found = chat.with_structured_output(City).invoke("Is Paris a capital?")
+assert isinstance(found, City), found
+called = chat.bind_tools([get_weather], tool_choice="required").invoke("What is the weather in Paris?")
+assert called.tool_calls, called
+assert all(call["name"] == "get_weather" for call in called.tool_calls), called
+assert all(isinstance(call["args"]["city"], str) for call in called.tool_calls), called
 
 completions = OpenAI(**BASE, max_tokens=6)
 text = completions.invoke("The capital of France is")
