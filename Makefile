@@ -2,6 +2,8 @@
 # make install  the set-up alone
 # make test     set up with the test tools, and run the whole suite
 # make test-gpu the kernels' tests, and those that need an NVIDIA GPU; with the packages of $(PYTHON), no set-up
+# make docs     docs/api.md, from the code
+# make clients  langchain-openai, litellm and lm-eval against a server of the embedded model
 # make lint     ruff and mypy
 # make sanitize a second build of the C++ kernels, with GCC's AddressSanitizer and UBSan, and their tests
 #
@@ -18,7 +20,7 @@ SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-wrapv -fn
 PRELOAD = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(name)))
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve install test test-gpu lint sanitize
+.PHONY: serve install test test-gpu docs clients lint sanitize
 
 serve: install
 	@.venv/bin/minivllm serve $(ARGS)
@@ -31,6 +33,12 @@ test: .venv/installed-test
 # Needs torch, triton, transformers, safetensors, tokenizers, numpy, pytest and hypothesis.
 test-gpu:
 	$(PYTHON) -m pytest tests/kernels tests/gpu $(ARGS)
+
+docs: .venv/installed-test
+	.venv/bin/python docs/generate_api.py
+
+clients: .venv/installed-clients
+	.venv/bin/python -m tests.clients
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .
@@ -63,4 +71,13 @@ sanitize: .venv/installed-test
 .venv/installed-test: .venv/installed requirements-test.lock
 	$(PIP) install --no-deps -r requirements-test.lock
 	$(PIP) install --no-deps --upgrade --target .venv/openai-2 $(OPENAI_2)
+	@touch $@
+
+# litellm's pins conflict with ours, so it gets a Python of its own; lm-eval only adds a few packages.
+.venv/installed-clients: .venv/installed-test tests/clients/requirements.lock tests/clients/lm-eval.lock
+	.venv/bin/python -m venv --clear .venv/clients
+	.venv/clients/bin/python -m pip --disable-pip-version-check --quiet install --no-deps \
+		-r tests/clients/requirements.lock
+	rm -rf .venv/lm-eval
+	$(PIP) install --no-deps --target .venv/lm-eval -r tests/clients/lm-eval.lock
 	@touch $@

@@ -357,16 +357,17 @@ def check_request(prompt_token_ids: list[int], sampling: SamplingParams, info: E
                     f"token ids in {param} must be below {info.vocab_size}, got {token_id}", param=param
                 )
     num_prompt, limit = len(prompt_token_ids), info.max_model_len
+    # "maximum context length": OpenAI's words, by which litellm and others know this error.
     if num_prompt >= limit:
         raise ContextLengthError(
-            f"this model's context holds {limit} tokens, prompt and answer together, "
+            f"this model's maximum context length is {limit} tokens, prompt and answer together, "
             f"but the prompt alone has {num_prompt}: shorten it to at most {limit - 1}",
             param="prompt",
         )
     if sampling.max_tokens is not None and num_prompt + sampling.max_tokens > limit:
         raise ContextLengthError(
-            f"this model's context holds {limit} tokens, prompt and answer together, but the prompt has "
-            f"{num_prompt} and max_tokens is {sampling.max_tokens}: "
+            f"this model's maximum context length is {limit} tokens, prompt and answer together, but the "
+            f"prompt has {num_prompt} and max_tokens is {sampling.max_tokens}: "
             f"set max_tokens to at most {limit - num_prompt}",
             param="max_tokens",
         )

@@ -34,6 +34,7 @@ _EXPECTED = {
     "literal_error": "one of {expected}",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
+    "string_pattern_mismatch": "a string that matches {pattern}",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
 }

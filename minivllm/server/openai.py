@@ -22,8 +22,9 @@ from minivllm.server.context import ServerContext
 from minivllm.server.formats import ChatFormat, CompletionFormat, Format
 from minivllm.server.generation import Sample, make_samples
 from minivllm.server.grammar_check import GrammarChecker
+from minivllm.server.openapi import event_stream
 from minivllm.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from minivllm.server.responses import ChatCompletion, Completion, Model, ModelList
+from minivllm.server.responses import ChatChunk, ChatCompletion, Completion, Model, ModelList
 from minivllm.server.streaming import EventStream, run_until_disconnect
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number: nobody is left to read it but the access log
@@ -50,7 +51,7 @@ def openai_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRo
         context.check_model(name)
         return model
 
-    @router.post("/completions", response_model=Completion)
+    @router.post("/completions", response_model=Completion, responses=event_stream(Completion))
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         def prepare(sampling: SamplingParams) -> tuple[list[list[int]], SamplingParams]:
             return [
@@ -66,7 +67,7 @@ def openai_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRo
         wording = CompletionFormat(tokenizer, skip_special_tokens=body.skip_special_tokens is not False)
         return await _generate(context, request, body, prepare, check_grammar, wording)
 
-    @router.post("/chat/completions", response_model=ChatCompletion)
+    @router.post("/chat/completions", response_model=ChatCompletion, responses=event_stream(ChatChunk))
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         turn = ChatTurn(body, tokenizer, context.chat_style)
         return await _generate(

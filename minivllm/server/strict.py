@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from minivllm.errors import InvalidRequestError
+from minivllm.server.openapi import allow_nulls
 
 
 class StrictModel(BaseModel):
     """Accepts exactly the fields it declares."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, json_schema_extra=allow_nulls)
 
     unsupported: ClassVar[frozenset[str]] = frozenset()
     """Fields that clients of OpenAI or vLLM may know, but that are refused here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import Self
 
 from minivllm.errors import InvalidRequestError
@@ -17,7 +17,34 @@ from minivllm.structured import (
     grammar_from_regex,
 )
 
-Schema = dict[str, Any] | bool
+
+def _kind_of_schema(value: Any) -> str | None:
+    return "<object>" if isinstance(value, dict) else "<bool>" if isinstance(value, bool) else None
+
+
+def _kind_of_schema_or_text(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else _kind_of_schema(value)
+
+
+Schema = Annotated[
+    Annotated[dict[str, Any], Tag("<object>")] | Annotated[bool, Tag("<bool>")],
+    Discriminator(
+        _kind_of_schema,
+        custom_error_type="expected",
+        custom_error_message="a JSON schema: an object, true or false",
+    ),
+]
+
+SchemaOrText = Annotated[
+    Annotated[dict[str, Any], Tag("<object>")]
+    | Annotated[bool, Tag("<bool>")]
+    | Annotated[str, Tag("<text>")],
+    Discriminator(
+        _kind_of_schema_or_text,
+        custom_error_type="expected",
+        custom_error_message="a JSON schema (an object, true or false) or its text",
+    ),
+]
 
 
 class JsonSchema(StrictModel):
@@ -66,7 +93,7 @@ class StructuredOutputs(StrictModel):
         }
     )
 
-    json_: Annotated[Schema | str | None, Field(alias="json")] = None
+    json_: Annotated[SchemaOrText | None, Field(alias="json")] = None
     regex: str | None = None
     grammar_: Annotated[str | None, Field(alias="grammar")] = None
     choice: Annotated[list[str] | None, Field(min_length=1, fail_fast=True)] = None

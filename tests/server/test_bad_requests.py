@@ -57,7 +57,7 @@ BAD_COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": "5"}, "max_tokens", "must be an integer, got '5'"),
     ({"max_tokens": 5.0}, "max_tokens", "must be an integer, got 5.0"),
     ({"max_tokens": True}, "max_tokens", "must be an integer, got True"),
-    ({"max_tokens": 256}, "max_tokens", f"holds {MAX_MODEL_LEN} tokens"),
+    ({"max_tokens": 256}, "max_tokens", f"maximum context length is {MAX_MODEL_LEN} tokens"),
     ({"max_tokens": 10**400}, "max_tokens", "at most 9223372036854775807"),
     ({"min_tokens": -1}, "min_tokens", "at least 0, got -1"),
     ({"min_tokens": 17}, "min_tokens", "at most 16, got 17"),
