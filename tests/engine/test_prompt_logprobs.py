@@ -12,6 +12,7 @@ from minivllm.engine.engine import Engine
 from minivllm.errors import InvalidRequestError
 from minivllm.request import EngineEvent, SamplingParams, check_request
 from tests.conftest import Oracle
+from tests.tiny_model import VOCAB_SIZE
 
 MakeEngine = Callable[..., Engine]
 
@@ -53,16 +54,15 @@ def test_they_are_transformers_own(
                 assert want[token_id].item() == pytest.approx(value, abs=2e-3)
 
 
-def test_a_preempted_prompt_has_them_once(make_embedded_engine: MakeEngine) -> None:
+def test_a_preempted_prompt_has_them_once(make_tiny_engine: MakeEngine) -> None:
     """What is computed again after an eviction is told once, and is the same."""
     rng = random.Random(6)
-    prompts = [[rng.randrange(40000) for _ in range(60)] for _ in range(4)]
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(60)] for _ in range(4)]
     sampling = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
-    block_bytes = 2 * 30 * 3 * 64 * 16 * 4
-    small = make_embedded_engine(kv_cache_memory=18 * block_bytes, max_model_len=200)
+    small = make_tiny_engine(num_blocks=18)
     have = run(small, prompts, sampling)
     assert small.stats().num_preemptions > 0
-    want = run(make_embedded_engine(), prompts, sampling)
+    want = run(make_tiny_engine(), prompts, sampling)
     for ours, theirs in zip(have, want, strict=True):
         assert ours[0].prompt_logprobs is not None
         assert theirs[0].prompt_logprobs is not None

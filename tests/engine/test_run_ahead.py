@@ -9,26 +9,22 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from minivllm.config import EngineConfig
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.decode_graphs import DecodeGraphs, graph_sizes
 from minivllm.engine.engine import Engine
 from minivllm.engine.profiling import compile_kernels, longest_batch
 from minivllm.engine.runner import PendingTokens, TorchRunner, empty_caches
 from minivllm.engine.scheduler import ScheduledBatch
-from minivllm.engine.startup import build_engine
 from minivllm.models.attention import LayerCache
 from minivllm.models.llama import Hidden
 from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, SamplingParams
-from minivllm.weights.files import resolve_model
 from tests.conftest import run_all
-from tests.tiny_model import VOCAB_SIZE, write_tiny_model
+from tests.tiny_model import VOCAB_SIZE
 
 MakeEngine = Callable[..., Engine]
 BLOCK_BYTES = 2 * 2 * 2 * 8 * 16 * 4  # keys and values of 16 tokens in the tiny model, float32
@@ -42,27 +38,6 @@ def with_graphs(engine: Engine, sizes: list[int]) -> Engine:
         runner.model, runner.caches, max_model_len=200, sizes=sizes, record=lambda compute: compute
     )
     return engine
-
-
-@pytest.fixture
-def make_tiny_engine(tmp_path: Path) -> MakeEngine:
-    files = resolve_model(write_tiny_model(tmp_path), load_format="dummy")
-
-    def make(*, runs_ahead: bool, num_blocks: int = 200, **settings: Any) -> Engine:
-        config = EngineConfig(
-            model=str(tmp_path),
-            load_format="dummy",
-            device="cpu",
-            max_model_len=200,
-            kv_cache_memory=num_blocks * BLOCK_BYTES,
-            **settings,
-        )
-        engine = build_engine(config, files)
-        assert isinstance(engine.runner, TorchRunner)
-        engine.runner.runs_ahead = runs_ahead
-        return engine
-
-    return make
 
 
 SAMPLINGS = [
