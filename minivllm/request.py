@@ -24,7 +24,6 @@ MAX_N = 128
 MAX_LOGIT_BIAS = 1024
 MAX_GRAMMAR_CHARS = 256 * 1024
 
-
 PENDING_TOKEN = -1
 """Stands in a sequence for a token whose step still runs on the device."""
 
@@ -127,14 +126,14 @@ class SamplingParams:
             self._check_int("stop_token_ids", token_id, 0, None)
 
     @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that occurred are less (or more) likely for it."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
     def reads_output(self) -> bool:
         """Whether the choice of a token takes the tokens before it, beyond the model."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-            or self.grammar is not None
-        )
+        return self.has_penalties or self.grammar is not None
 
     @property
     def is_greedy(self) -> bool:

@@ -37,6 +37,8 @@ def instruction_sets() -> list[str]:
 class CppBackend(KernelBackend):
     """C++ kernels for one instruction set: ``"avx512"`` (with VNNI), ``"avx2"`` or ``"portable"``."""
 
+    keeps_packed = True
+
     def __init__(self, name: str) -> None:
         if name not in instruction_sets():
             raise ValueError(f"no C++ kernels for {name!r} here; there are: {', '.join(instruction_sets())}")

@@ -40,6 +40,8 @@ class KernelBackend(Protocol):
     """One implementation of every kernel. Stateless: everything a call needs is an argument."""
 
     name: str
+    keeps_packed: bool = False
+    """Whether it multiplies with packed weights as they are; otherwise each use expands them."""
 
     @abstractmethod
     def linear(self, x_TN: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -14,6 +14,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from minivllm.child import child_environment
 from minivllm.config import EngineConfig
 from minivllm.engine import messages
 from minivllm.errors import (
@@ -69,8 +70,7 @@ class EngineClient:
                 "minivllm.engine.process",
                 directory,
                 stdin=asyncio.subprocess.PIPE,
-                # The child finds the packages where this process found them, installed or not.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                env=child_environment(),
             )
         except BaseException:
             shutil.rmtree(directory)

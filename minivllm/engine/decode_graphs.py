@@ -8,9 +8,9 @@ token ids to logits; sampling depends on the requests.
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -69,14 +69,15 @@ class DecodeGraphs:
 
         self.sizes = sizes
         self._graphs: dict[int, _DecodeGraph] = {}
+        device, max_blocks = model.placement.device, blocks_for(max_model_len)
         padding_block = caches[0].k_PKSD.shape[0] - 1
+        padding_row = FlatBatch.padding(1, max_blocks, padding_block, device)
         # The largest first: the others then find room in its memory.
         largest_first = sorted(sizes, reverse=True)
         for size in tqdm(largest_first, "decode graphs", unit="graph", leave=False, disable=None):
-            padding = FlatBatch.padding(
-                size, blocks_for(max_model_len), padding_block, model.placement.device
-            )
-            self._graphs[size] = _DecodeGraph(model, caches, padding, record)
+            inputs = FlatBatch.padding(size, max_blocks, padding_block, device)
+            replay = record(partial(model, inputs, caches))
+            self._graphs[size] = _DecodeGraph(inputs, padding_row, replay)
 
     def can_run(self, batch: ScheduledBatch) -> bool:
         """Whether these are decodes alone, and no more than the largest graph has room for."""
@@ -97,17 +98,16 @@ class DecodeGraphs:
 class _DecodeGraph:
     """One batch size's recording, its inputs, and how many of their rows hold sequences."""
 
-    def __init__(self, model: Llama, caches: list[LayerCache], padding: FlatBatch, record: Record) -> None:
-        inputs = copy.deepcopy(padding)
-        self._padding, self._inputs, self._num_seqs = padding, inputs, 0
-        self._replay = record(lambda: model(inputs, caches))
+    def __init__(self, inputs: FlatBatch, padding_row: FlatBatch, replay: Compute) -> None:
+        self._inputs, self._padding_row, self._replay = inputs, padding_row, replay
+        self._num_seqs = 0
 
     def __call__(self, flat: FlatBatch) -> torch.Tensor:
         num_seqs, num_before = len(flat.seq_lens_B), self._num_seqs
         for name in ("input_ids_T", "positions_T", "slots_T", "seq_lens_B", "block_tables_BM"):
             rows, values = getattr(self._inputs, name), getattr(flat, name)
             if num_seqs < num_before:
-                rows[num_seqs:num_before] = getattr(self._padding, name)[num_seqs:num_before]
+                rows[num_seqs:num_before] = getattr(self._padding_row, name)
             if values.ndim == 2:  # what is right of a sequence's own blocks is never followed
                 rows = rows[:, : values.shape[1]]
             rows[:num_seqs] = values

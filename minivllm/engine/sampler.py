@@ -89,11 +89,7 @@ def sample(
     params = [request.sampling for request in requests]
     scores_LV = logits_LV if mask is None else apply_token_mask(logits_LV, mask)
     scores_LV = _add_biases(scores_LV, params)
-    penalised = [
-        row
-        for row, p in enumerate(params)
-        if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty
-    ]
+    penalised = [row for row, p in enumerate(params) if p.has_penalties]
     if penalised:
         scores_LV = _penalise(scores_LV, penalised, [requests[row] for row in penalised])
     if any(request.num_output_tokens < request.sampling.min_tokens for request in requests):

@@ -10,7 +10,8 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from minivllm_kernels import KernelBackend, PackedRows, available_backends, get_backend
+from minivllm_kernels import KernelBackend, PackedRows, get_backend
+from minivllm_kernels.cpu import instruction_sets
 
 from minivllm.config import EngineConfig, format_size
 from minivllm.engine.decode_graphs import CudaRecorder, DecodeGraphs, graph_sizes
@@ -212,7 +213,7 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> KernelBackend:
         logger.info(
             "kernels: C++ for %s (of %s), %d threads",
             kernels.name,
-            ", ".join(name for name in available_backends() if name not in ("reference", "triton")),
+            ", ".join(instruction_sets()),
             torch.get_num_threads(),
         )
     return kernels
@@ -220,15 +221,14 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> KernelBackend:
 
 def _bits_of(config: EngineConfig, files: ModelFiles, kernels: KernelBackend) -> Callable[[str], int | None]:
     """How many bits each matrix is kept in, None for all of ``--dtype``."""
-    can_pack = kernels.name not in ("reference", "triton")
     if config.quantization == "int8":
-        if not can_pack:
+        if not kernels.keeps_packed:
             raise ConfigError(
                 "--quantization int8 needs --device cpu, --dtype float32 and the C++ kernels; "
                 "use auto or none"
             )
         return lambda name: 8
-    if config.quantization == "auto" and can_pack:
+    if config.quantization == "auto" and kernels.keeps_packed:
         return lambda name: stored_bits(files, name)
     return lambda name: None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import os
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from concurrent.futures import Future
 
 import msgspec
 
+from minivllm.child import child_environment
 from minivllm.errors import InvalidRequestError, RequestFailedError
 from minivllm.server.grammar_worker import MAX_SECONDS, Table, Trial, Verdict
 from minivllm.tokenizer.tokenizer import Tokenizer
@@ -96,8 +96,7 @@ class _Worker:
             [sys.executable, "-m", "minivllm.server.grammar_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # The process finds the packages where this one found them, installed or not.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            env=child_environment(),
             # The terminal's Ctrl-C is for the server, which lets requests end.
             start_new_session=True,
         )

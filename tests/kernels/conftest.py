@@ -29,7 +29,7 @@ class Backend:
     @property
     def is_cpp(self) -> bool:
         """Its activations are float32, and packed weights stay packed."""
-        return self.kernels.name not in ("reference", "triton")
+        return self.kernels.keeps_packed
 
     @property
     def is_slow(self) -> bool:
