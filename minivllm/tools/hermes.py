@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from typing import ClassVar
 
-from minivllm.tools.call_object import WHITESPACE, CallObject
-from minivllm.tools.events import Event, EventList
+from minivllm.tools.call_object import WHITESPACE
+from minivllm.tools.events import Event
+from minivllm.tools.held_text import CallObjectParser
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
-class HermesParser:
+class HermesParser(CallObjectParser):
     """See :class:`minivllm.tools.events.ToolCallParser`. Calls may come anywhere in the text.
 
     A call whose closing tag is missing counts as one all the same.
@@ -19,24 +19,9 @@ class HermesParser:
 
     markers: ClassVar[tuple[str, ...]] = (OPEN, CLOSE)
 
-    def __init__(self, names: Collection[str]) -> None:
-        self._names = names
-        self._events = EventList()
-        self._step: Callable[[str], None] = self._between
-        self._held: list[str] = []  # content, unless a call follows
-        self._tag = ""  # as much of a tag as was read, at the end of what is held
-        self._call = CallObject(names, self._events)
-
-    def push(self, text: str) -> list[Event]:
-        """See :class:`minivllm.tools.events.ToolCallParser`."""
-        for char in text:
-            self._step(char)
-        return self._events.take()
-
     def finish(self) -> list[Event]:
         """See :class:`minivllm.tools.events.ToolCallParser`."""
-        if self._step == self._in_call:
-            self._held.append(self._call.held)
+        self._hold_unread()
         is_blank = not "".join(self._held).strip(WHITESPACE)
         if self._step != self._in_close_tag and not (is_blank and self._events.num_calls):
             self._release()
@@ -72,23 +57,14 @@ class HermesParser:
 
     def _before_object(self, char: str) -> None:
         if char == "{":
-            self._call = CallObject(self._names, self._events)
-            self._step = self._in_call
+            self._begin_object()
         elif char in WHITESPACE:
             self._held.append(char)
         else:
             self._give_up(char)
 
-    def _in_call(self, char: str) -> None:
-        num_calls = self._events.num_calls
-        is_part = self._call.push(char)
-        if self._events.num_calls > num_calls:
-            self._held.clear()
-        if not is_part:
-            self._held.append(self._call.held)
-            self._give_up(char)
-        elif self._call.is_done:
-            self._step, self._tag = self._in_close_tag, ""
+    def _after_object(self) -> None:
+        self._step, self._tag = self._in_close_tag, ""
 
     def _in_close_tag(self, char: str) -> None:
         """After an object: whitespace, then the tag."""
@@ -105,13 +81,3 @@ class HermesParser:
             for earlier in held:
                 self._step(earlier)
             self._step(char)
-
-    def _give_up(self, char: str) -> None:
-        """No call: what was held is content, and ``char`` may begin another."""
-        self._release()
-        self._step = self._in_content
-        self._in_content(char)
-
-    def _release(self) -> None:
-        self._events.content("".join(self._held))
-        self._held.clear()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import ClassVar
 
-from minivllm.tools.events import Event, EventList
+from minivllm.tools.call_object import WHITESPACE
+from minivllm.tools.events import Event
+from minivllm.tools.held_text import HeldTextParser
 from minivllm.tools.python_literal import PythonLiteral
 
 MAX_KEYWORD_CHARS = 256
 
-_WHITESPACE = " \t\r\n"
 
-
-class PythonicParser:
+class PythonicParser(HeldTextParser):
     """See :class:`minivllm.tools.events.ToolCallParser`.
 
     The answer begins with a list of calls; arguments are literals with a keyword each, and come out as
@@ -25,26 +25,17 @@ class PythonicParser:
     markers: ClassVar[tuple[str, ...]] = ()  # Llama 4's <|python_start|> brings nothing, so it may be hidden
 
     def __init__(self, names: Collection[str]) -> None:
-        self._names = names
-        self._events = EventList()
-        self._step: Callable[[str], None] = self._between
-        self._held: list[str] = []  # content, unless a call follows
+        super().__init__(names)
         self._name = ""
         self._keyword = ""
         self._is_certain = self._has_arguments = False  # the call that is being read
         self._value = PythonLiteral()
 
-    def push(self, text: str) -> list[Event]:
-        """See :class:`minivllm.tools.events.ToolCallParser`."""
-        for char in text:
-            self._step(char)
-        return self._events.take()
-
     def finish(self) -> list[Event]:
         """See :class:`minivllm.tools.events.ToolCallParser`."""
         if self._step == self._in_value:
             self._events.arguments(self._value.held)
-        if self._events.num_calls == 0 or "".join(self._held).strip(_WHITESPACE + ","):
+        if self._events.num_calls == 0 or "".join(self._held).strip(WHITESPACE + ","):
             self._release()
         return self._events.take()
 
@@ -52,13 +43,13 @@ class PythonicParser:
         """At the start, and after a list."""
         if char == "[":
             self._step = self._before_name
-        elif char not in _WHITESPACE:
+        elif char not in WHITESPACE:
             self._give_up(char)
             return
         self._held.append(char)
 
     def _before_name(self, char: str) -> None:
-        if char in _WHITESPACE:
+        if char in WHITESPACE:
             self._held.append(char)
         else:
             self._name, self._step = "", self._in_name
@@ -78,7 +69,7 @@ class PythonicParser:
         """After the parenthesis, or a comma."""
         if char == ")":
             self._end_call()
-        elif char in _WHITESPACE:
+        elif char in WHITESPACE:
             self._held.append(char)
         elif char.isidentifier():
             self._keyword, self._step = char, self._in_keyword
@@ -89,12 +80,12 @@ class PythonicParser:
     def _in_keyword(self, char: str) -> None:
         self._held.append(char)
         if char == "=":
-            keyword = json.dumps(self._keyword.rstrip(_WHITESPACE), ensure_ascii=False)
+            keyword = json.dumps(self._keyword.rstrip(WHITESPACE), ensure_ascii=False)
             self._certain()
             self._events.arguments(f"{', ' if self._has_arguments else ''}{keyword}: ")
             self._has_arguments = True
             self._value, self._step = PythonLiteral(), self._in_value
-        elif char in _WHITESPACE or (f"_{char}".isidentifier() and self._keyword[-1] not in _WHITESPACE):
+        elif char in WHITESPACE or (f"_{char}".isidentifier() and self._keyword[-1] not in WHITESPACE):
             self._keyword += char
             if len(self._keyword) > MAX_KEYWORD_CHARS:
                 self._held.pop()
@@ -124,7 +115,7 @@ class PythonicParser:
         if char == "]":
             self._held.clear()
             self._step = self._between
-        elif char == "," or char in _WHITESPACE:
+        elif char == "," or char in WHITESPACE:
             self._held.append(char)
             if char == ",":
                 self._step = self._before_name
@@ -138,12 +129,6 @@ class PythonicParser:
             self._is_certain, self._has_arguments = True, False
         self._held.clear()
 
-    def _give_up(self, char: str) -> None:
-        """From here on, everything is content."""
-        self._release()
-        self._step = self._events.content
+    def _in_content(self, char: str) -> None:
+        """From here on, everything is."""
         self._events.content(char)
-
-    def _release(self) -> None:
-        self._events.content("".join(self._held))
-        self._held.clear()
