@@ -109,7 +109,7 @@ class ChatTurn:
         Raises :class:`InvalidRequestError` that names the tool at fault, if one is.
         """
         try:
-            await grammars.check(grammar, self._body.grammar_param or "tools")
+            await grammars.check(grammar, self._body.grammar_and_param[1] or "tools")
         except InvalidRequestError:
             for i, part in self._parts:
                 await grammars.check(part, f"tools[{i}].function.parameters")

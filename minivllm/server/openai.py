@@ -62,7 +62,7 @@ def openai_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRo
             ], sampling
 
         async def check_grammar(grammars: GrammarChecker, grammar: str) -> None:
-            await grammars.check(grammar, body.grammar_param)
+            await grammars.check(grammar, body.grammar_and_param[1])
 
         wording = CompletionFormat(tokenizer, skip_special_tokens=body.skip_special_tokens is not False)
         return await _generate(context, request, body, prepare, check_grammar, wording)
@@ -95,23 +95,22 @@ async def _generate(
     # Ours, never the client's X-Request-Id: the engine's ids must be unique.
     answer_id = wording.id_prefix + request.state.unique_id
 
-    def make(sampling: SamplingParams) -> list[Sample]:
-        prompts, prepared = prepare(sampling)
+    def make() -> tuple[list[Sample], int]:
+        prompts, sampling = prepare(body.sampling_params())
         if body.truncate_prompt_tokens is not None:
             prompts = [prompt[-body.truncate_prompt_tokens :] for prompt in prompts]
-        return make_samples(context, answer_id, prompts, prepared, body.default_max_tokens)
+        return make_samples(context, answer_id, prompts, sampling, body.default_max_tokens), sampling.n
 
     try:
-        # In a thread: a long prompt takes a while, and other clients' streams must not wait for it.
-        sampling = body.sampling_params()
-        samples = await asyncio.to_thread(make, sampling)
+        # In a thread: a long prompt or schema takes a while, and other clients' streams mustn't wait for it.
+        samples, samples_per_prompt = await asyncio.to_thread(make)
     except InvalidRequestError as error:
         error.param = body.given_name(error.param)
         raise
     grammar = samples[0].sampling.grammar
     if grammar is not None:
         await check_grammar(context.grammars, grammar)
-    answer = Answer(context, body, answer_id, wording, samples, sampling.n)
+    answer = Answer(context, body, answer_id, wording, samples, samples_per_prompt)
     if body.stream:
         return EventStream(answer.stream)
     content = await run_until_disconnect(request.receive, answer.whole())

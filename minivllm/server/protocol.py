@@ -9,7 +9,9 @@ not given, as clients send nulls for what they leave open. Ranges of sampling fi
 from __future__ import annotations
 
 import reprlib
+from abc import abstractmethod
 from dataclasses import fields
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -173,9 +175,9 @@ class GenerationRequest(StrictModel):
         return False
 
     @property
+    @abstractmethod
     def wants_logprobs(self) -> bool:
         """Whether each token of an answer comes with its log probability."""
-        raise NotImplementedError
 
     @property
     def num_answers(self) -> int:
@@ -194,14 +196,14 @@ class GenerationRequest(StrictModel):
         """What this request calls the field that :func:`minivllm.request.check_request` calls ``param``."""
         return param
 
-    @property
-    def grammar_param(self) -> str | None:
-        """The field that restricts the answer, if one does."""
-        return make_grammar(self.response_format, self.structured_outputs)[1]
+    @cached_property
+    def grammar_and_param(self) -> tuple[str | None, str | None]:
+        """The answer's grammar and the field that asks for it, if one does. Made once: it may be long."""
+        return make_grammar(self.response_format, self.structured_outputs)
 
     def _sampling_fields(self) -> dict[str, Any]:
         given = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)}
-        return given | {"grammar": make_grammar(self.response_format, self.structured_outputs)[0]}
+        return given | {"grammar": self.grammar_and_param[0]}
 
 
 def _token_id(key: str) -> int:

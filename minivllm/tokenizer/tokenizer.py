@@ -212,15 +212,10 @@ class Tokenizer:
         return before
 
     def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_special_tokens: bool = False,
-        **options: Any,
+        self, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False
     ) -> list[int]:
         """The token ids of :meth:`apply_chat_template`, which writes its own special tokens."""
-        text = self.apply_chat_template(messages, **options)
-        return self.encode(text, add_special_tokens=add_special_tokens)
+        return self.encode(self.apply_chat_template(messages), add_special_tokens=add_special_tokens)
 
     def _compile(self, source: str) -> ChatTemplate:
         from minivllm.tokenizer.chat_template import ChatTemplate  # jinja2, for those who chat
