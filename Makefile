@@ -1,5 +1,6 @@
 # make serve    set up, and serve the embedded model on http://127.0.0.1:8000
 # make install  the set-up alone
+# make bench    set up with what the benchmarks need, and run one: make bench ARGS="compare", or serve, or memory
 # make test     set up with the test tools, and run the whole suite
 # make test-gpu the kernels' tests, and those that need an NVIDIA GPU; with the packages of $(PYTHON), no set-up
 # make docs     docs/api.md, from the code
@@ -20,12 +21,15 @@ SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-wrapv -fn
 PRELOAD = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(name)))
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve install test test-gpu docs clients lint sanitize
+.PHONY: serve install bench test test-gpu docs clients lint sanitize
 
 serve: install
 	@.venv/bin/minivllm serve $(ARGS)
 
 install: .venv/installed
+
+bench: .venv/installed-bench
+	@.venv/bin/minivllm bench $(ARGS)
 
 test: .venv/installed-test
 	.venv/bin/python -m pytest $(ARGS)
@@ -68,7 +72,11 @@ sanitize: .venv/installed-test
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.venv/installed-test: .venv/installed requirements-test.lock
+.venv/installed-bench: .venv/installed requirements-bench.lock
+	$(PIP) install --no-deps -r requirements-bench.lock
+	@touch $@
+
+.venv/installed-test: .venv/installed-bench requirements-test.lock
 	$(PIP) install --no-deps -r requirements-test.lock
 	$(PIP) install --no-deps --upgrade --target .venv/openai-2 $(OPENAI_2)
 	@touch $@

@@ -32,7 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # In this folder's place, whose kernels.py transformers would take for Hugging Face's package of that name.
-sys.path[:1] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:1] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks" / "src")]
 
 from minivllm.openmp import spin_briefly  # noqa: E402
 
@@ -40,7 +40,6 @@ spin_briefly()
 
 import torch  # noqa: E402
 
-from benchmarks import machine  # noqa: E402
 from benchmarks.gpu_parts import summary  # noqa: E402
 from benchmarks.gpu_parts.ceilings import ceilings  # noqa: E402
 from benchmarks.gpu_parts.decode import decode  # noqa: E402
@@ -54,6 +53,7 @@ from benchmarks.gpu_parts.targets import lines as target_lines  # noqa: E402
 from benchmarks.gpu_parts.targets import targets  # noqa: E402
 from minivllm.config import EngineConfig, option  # noqa: E402
 from minivllm.flags import Parser  # noqa: E402
+from minivllm_bench import machine  # noqa: E402
 
 PARTS: dict[str, tuple[Part, float]] = {
     "ceilings": (ceilings, 25),

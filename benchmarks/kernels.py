@@ -28,9 +28,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import machine
-
 from minivllm.openmp import spin_briefly
+from minivllm_bench import machine
 
 spin_briefly()  # as the engine does, before torch is imported
 

@@ -22,12 +22,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import machine
-
 from minivllm import LLM, EngineConfig, SamplingParams
 from minivllm.config import option
 from minivllm.engine.engine import Engine
 from minivllm.flags import Parser
+from minivllm_bench import machine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,12 +35,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
 from load import Contender, ContenderError, Library, Prompt, connect, start_server
 
 import minivllm
 from minivllm.tokenizer.load import load_tokenizer
 from minivllm.weights.files import resolve_model
+from minivllm_bench import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIVLLM = "minivllm"

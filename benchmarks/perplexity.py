@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import machine
 import torch
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from minivllm.errors import StartupError
 from minivllm.request import SamplingParams
 from minivllm.tokenizer.load import load_tokenizer
 from minivllm.weights.files import ModelFiles, resolve_model
+from minivllm_bench import machine
 
 TEXT = Path(__file__).parent / "data" / "alice.txt"
 

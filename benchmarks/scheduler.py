@@ -30,9 +30,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks" / "src")]
 
-import machine  # noqa: E402
 import torch  # noqa: E402
 
 from minivllm.config import BLOCK_SIZE  # noqa: E402
@@ -40,6 +39,7 @@ from minivllm.engine.batch import FlatBatch  # noqa: E402
 from minivllm.engine.block_manager import PagedBlockManager, blocks_for  # noqa: E402
 from minivllm.engine.scheduler import ContinuousScheduler, SampledToken, SchedulerLimits  # noqa: E402
 from minivllm.request import Request, SamplingParams  # noqa: E402
+from minivllm_bench import machine  # noqa: E402
 
 CPU = torch.device("cpu")
 VOCABULARY = 128_000

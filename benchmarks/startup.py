@@ -20,7 +20,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-import machine
+from minivllm_bench import machine
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0}
 

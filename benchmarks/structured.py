@@ -25,8 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import machine
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the schemas are those of the tests
 
 from minivllm import LLM, EngineConfig, SamplingParams
@@ -35,6 +33,7 @@ from minivllm.config import option
 from minivllm.flags import Parser
 from minivllm.request import CompletionOutput, FinishReason
 from minivllm.structured import grammar_from_json_schema, grammar_from_regex
+from minivllm_bench import machine
 from tests.structured.schemas import SCHEMAS, check_answer
 
 REGEX = r"(https?)://[a-z]{3,10}\.(com|org)/[\w-]{1,12}\?id=\d{1,6}"

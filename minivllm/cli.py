@@ -1,4 +1,4 @@
-"""The ``minivllm`` command: ``minivllm serve``, ``minivllm chat``, ``minivllm generate``."""
+"""The ``minivllm`` command: ``minivllm serve``, ``minivllm chat`` and so on."""
 
 from __future__ import annotations
 

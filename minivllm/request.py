@@ -190,7 +190,7 @@ class TokenLogprob:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """A finished request's history. Times are ``time.monotonic()`` seconds; 0 means never."""
+    """A finished request's history. Times are seconds of the engine's clock; 0 means never."""
 
     arrival_time: float = 0.0
     first_scheduled_time: float = 0.0

@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from minivllm.config import EngineConfig
@@ -48,6 +49,7 @@ class Engine:
         max_num_batched_tokens: most tokens in one step.
         eos_token_ids: ids that end a turn.
         grammars: what requests with a grammar need; None where none may have one.
+        clock: seconds, above 0, for the requests' metrics; a simulation has one of its own.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Engine:
         max_num_batched_tokens: int,
         eos_token_ids: frozenset[int],
         grammars: Grammars | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.clock = clock
         self.info = info
         self.grammars = grammars
         self.runner = runner
@@ -80,7 +84,7 @@ class Engine:
             "continuous": ContinuousScheduler,
             "sequential": SequentialScheduler,
         }
-        self.scheduler = schedulers[config.scheduler](self.block_manager, limits)
+        self.scheduler = schedulers[config.scheduler](self.block_manager, limits, clock)
         self._requests: dict[str, Request] = {}
         self._compiling: dict[Request, GrammarState] = {}
         """Requests that aren't in the scheduler's queue yet, because their grammars are being compiled."""
@@ -121,7 +125,7 @@ class Engine:
             seed=self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed,
             max_total_tokens=max_total_tokens,
             priority=priority,
-            metrics=RequestMetrics(arrival_time=time.monotonic()),
+            metrics=RequestMetrics(arrival_time=self.clock()),
         )
         if sampling.grammar is None:
             self.scheduler.add(request)

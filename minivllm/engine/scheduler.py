@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from minivllm.engine.block_manager import BlockManager
@@ -92,9 +93,15 @@ class SchedulerLimits:
 class Scheduler(ABC):
     """The queues, and the life of a request in them: waiting → running (→ waiting)* → finished."""
 
-    def __init__(self, block_manager: BlockManager, limits: SchedulerLimits) -> None:
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        limits: SchedulerLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.block_manager = block_manager
         self.limits = limits
+        self.clock = clock
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
@@ -168,7 +175,7 @@ class Scheduler(ABC):
             self.waiting.popleft()
             self.running.append(request)
             if request.metrics.first_scheduled_time == 0.0:
-                request.metrics.first_scheduled_time = time.monotonic()
+                request.metrics.first_scheduled_time = self.clock()
                 request.metrics.num_cached_tokens = request.num_computed_tokens
             num_tokens = min(request.num_uncomputed_tokens, budget)
             scheduled[request] = ScheduledRequest(request, num_tokens)
@@ -208,7 +215,7 @@ class Scheduler(ABC):
             num_tokens = item.start + item.num_tokens + 1
             request.token_ids[num_tokens - 1] = token.token_id
             if request.metrics.first_token_time == 0.0:
-                request.metrics.first_token_time = time.monotonic()
+                request.metrics.first_token_time = self.clock()
             logprobs = None if token.logprob is None else [token.logprob]
             num_output_tokens = num_tokens - len(request.prompt_token_ids)
             if token.token_id in request.end_token_ids and self._may_end(request, num_output_tokens, token):
@@ -270,7 +277,7 @@ class Scheduler(ABC):
         else:
             self.waiting.remove(request)
         request.is_finished = True
-        request.metrics.finished_time = time.monotonic()
+        request.metrics.finished_time = self.clock()
         return EngineEvent(request.request_id, new_token_ids, logprobs, reason, error, request.metrics)
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks that come with minivllm: a load generator, a comparison of its modes, a simulator, a report."""

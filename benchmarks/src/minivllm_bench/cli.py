@@ -1,0 +1,25 @@
+"""``minivllm bench``: its own commands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+COMMANDS: dict[str, tuple[str, str]] = {}
+
+
+def main(argv: list[str]) -> int:
+    """Run one of them. Returns the exit code."""
+    if argv and argv[0] in COMMANDS:
+        code: int = importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+        return code
+    parser = argparse.ArgumentParser(
+        "minivllm bench",
+        usage="minivllm bench COMMAND [flags]",
+        epilog="minivllm bench COMMAND --help lists a command's flags.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (_, help) in COMMANDS.items():
+        commands.add_parser(name, help=help)
+    parser.parse_args(argv)
+    return 2
