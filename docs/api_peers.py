@@ -54,7 +54,12 @@ ROUTES: dict[str, tuple[str, str, str]] = {
     "GET /v1/models/{name}": ("that model, by its name", "yes", "no"),
     "POST /tokenize": ("a text, or messages through the chat template, as token ids", "no", "yes"),
     "POST /detokenize": ("token ids as text", "no", "yes"),
-    "GET /health": ("200 while requests can be served, else 503", "no", "differs: no body"),
+    "GET /health": (
+        "200 while the server lives, 503 if its engine keeps failing",
+        "no",
+        "differs: no body",
+    ),
+    "GET /ready": ("200 while requests can be served, else 503", "no", "no"),
     "GET /ping": ("the same", "no", "differs: no body"),
     "GET /version": ("minivllm's version", "no", "yes"),
     "GET /openapi.json": ("this, for machines", "no", "yes"),

@@ -179,8 +179,8 @@ class ServerConfig:
     )
     api_key: tuple[str, ...] = option(
         (),
-        "keys, of which a request to any path but /health and /ping must bring one, as Authorization: "
-        "Bearer KEY; process lists show them, and neither --api-key-file nor the environment variable "
+        "keys, of which a request to any path but /health, /ping and /ready must bring one, as "
+        "Authorization: Bearer KEY; process lists show them, and neither --api-key-file nor the environment variable "
         "MINIVLLM_API_KEY (one, or several with commas between)",
         is_secret=True,
     )
@@ -214,6 +214,9 @@ class ServerConfig:
         None, "most tokens that one request may sample: prompts x n x max_tokens (default: no limit)"
     )
     shutdown_timeout: float = option(30.0, "seconds that running requests get to finish after SIGTERM")
+    engine_stall_timeout: float = option(
+        120.0, "seconds without a step, while there is work, after which the engine is killed and restarted"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -226,6 +229,7 @@ class ServerConfig:
         for name in ("max_body_size", "max_header_size", "max_header_count", "max_tokens_per_request"):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("shutdown_timeout", self.shutdown_timeout, 0)
+        _check_at_least("engine_stall_timeout", self.engine_stall_timeout, 0.1)
 
     def _check_origins(self) -> None:
         for origin in self.allowed_origins:

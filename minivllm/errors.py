@@ -11,6 +11,10 @@
     │   └── HeadersTooLargeError                   431  over --max-header-size or --max-header-count
     ├── EngineDeadError                            500  the engine process is gone
     ├── RequestFailedError                         500  this request's step raised
+    ├── EngineRestartingError                      503  a new engine process is being started
+    ├── OverloadedError                            503  over --max-waiting-requests or --max-waiting-tokens
+    ├── RateLimitError                             429  over --key-tokens-per-minute
+    ├── DeadlineError                              504  not finished within the request's own timeout
     ├── ShuttingDownError                          503  the server drains
     └── StartupError         (also a ValueError)    -   can't start: one clear line, exit code 1
         ├── ConfigError                                 a flag or a combination of flags
@@ -29,10 +33,14 @@ class MinivllmError(Exception):
     http_status = 500
     type = "internal_error"  # OpenAI's error type, in the envelope's "type"
     code: str | None = None  # OpenAI's error code, in the envelope's "code"
+    retry_after: int | None = None
+    """Seconds after which another try makes sense: the header Retry-After."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.message = message
+        if retry_after is not None:
+            self.retry_after = retry_after
 
 
 class InvalidRequestError(MinivllmError, ValueError):
@@ -90,6 +98,39 @@ class RequestFailedError(MinivllmError):
     """The engine failed while it computed this request; others go on."""
 
     code = "request_failed"
+
+
+class EngineRestartingError(MinivllmError):
+    """The engine process ended, and another isn't ready yet."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "engine_restarting"
+    retry_after = 5
+
+
+class OverloadedError(MinivllmError):
+    """So much waits already that this request isn't taken in."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "overloaded"
+
+
+class RateLimitError(MinivllmError):
+    """This API key has used up its tokens for now."""
+
+    http_status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class DeadlineError(MinivllmError):
+    """The request couldn't be finished within the time that it gave."""
+
+    http_status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class ShuttingDownError(MinivllmError):

@@ -326,10 +326,15 @@ class EngineStats:
     prefix_cache_hits: int
     """Those that were found there."""
 
+    @classmethod
+    def of_nothing(cls) -> EngineStats:
+        """Of an engine that doesn't run."""
+        return cls(0, 0, 0, 0, 0, 0, 0)
+
     @property
     def kv_cache_usage(self) -> float:
         """Share of the KV blocks that live sequences hold."""
-        return self.num_used_blocks / self.num_blocks
+        return self.num_used_blocks / max(self.num_blocks, 1)
 
 
 def check_request(prompt_token_ids: list[int], sampling: SamplingParams, info: EngineInfo) -> None:

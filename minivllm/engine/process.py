@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import shutil
 import signal
 import sys
 import time
@@ -58,6 +59,7 @@ def main(directory: str) -> int:
     events.send(messages.encode(messages.Ready(engine.info, engine.stats())))
     serve(engine, requests, events)
     context.destroy(linger=0)
+    shutil.rmtree(directory, ignore_errors=True)  # the parent would, but it may have been killed
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
@@ -12,12 +12,12 @@ from starlette.types import ASGIApp
 
 import minivllm
 from minivllm.config import ServerConfig
-from minivllm.errors import EngineDeadError, InvalidRequestError
+from minivllm.errors import InvalidRequestError, MinivllmError
 from minivllm.server.body import JsonRoute
 from minivllm.server.chat import ChatStyle
 from minivllm.server.context import Engine, ServerContext, ServerState
 from minivllm.server.door import guard
-from minivllm.server.errors import add_error_handlers, error_response
+from minivllm.server.errors import add_error_handlers
 from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.keys import ApiKeys
 from minivllm.server.lenient import LenientRoute
@@ -96,18 +96,16 @@ def _own_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRout
     @router.get("/health", response_model=Health)
     @router.get("/ping", response_model=Health)  # the name that some load balancers insist on
     async def health() -> Response:
-        try:
-            context.check_ready()
-        except EngineDeadError as error:
-            return error_response(error, status_code=503)  # load balancers know 503 as "send nothing here"
-        stats = context.engine.stats
-        answer: Health = {
-            "status": "ok",
-            "num_running": stats.num_running,
-            "num_waiting": stats.num_waiting,
-            "kv_cache_usage": stats.kv_cache_usage,
-        }
-        return JSONResponse(answer)
+        """Whether this process lives; 503 when its engine keeps failing, so that it should be replaced."""
+        status = _status(context)
+        is_well = status in ("ok", "draining") or not context.engine.is_hopeless
+        return JSONResponse(_health(context, status), status_code=200 if is_well else 503)
+
+    @router.get("/ready", response_model=Health)
+    async def ready() -> Response:
+        """Whether a request sent now would be served; 503 tells load balancers to send none."""
+        status = _status(context)
+        return JSONResponse(_health(context, status), status_code=200 if status == "ok" else 503)
 
     @router.get("/version")
     async def version() -> Version:
@@ -144,3 +142,23 @@ def _own_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRout
         return {"prompt": await asyncio.to_thread(decode)}
 
     return router
+
+
+def _status(context: ServerContext) -> Literal["ok", "draining", "restarting"]:
+    if context.state.is_draining:
+        return "draining"
+    try:
+        context.engine.check_alive()
+    except MinivllmError:
+        return "restarting"
+    return "ok"
+
+
+def _health(context: ServerContext, status: Literal["ok", "draining", "restarting"]) -> Health:
+    stats = context.engine.stats
+    return {
+        "status": status,
+        "num_running": stats.num_running,
+        "num_waiting": stats.num_waiting,
+        "kv_cache_usage": stats.kv_cache_usage,
+    }

@@ -1,4 +1,4 @@
-"""The check of API keys. It knows no routes: whatever is not one of two exact paths needs a key."""
+"""The check of API keys. It knows no routes: whatever is not one of three exact paths needs a key."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from minivllm.errors import InvalidApiKeyError
 from minivllm.server.keys import ApiKeys
 from minivllm.server.refusal import refuse
 
-PUBLIC_PATHS = frozenset({b"/health", b"/ping"})
+PUBLIC_PATHS = frozenset({b"/health", b"/ping", b"/ready"})
 """Compared with the path's bytes as they were sent, before anything is decoded or normalised: another
 spelling, even one that a router or a proxy might take for the same path, needs a key."""
 

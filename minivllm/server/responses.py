@@ -214,9 +214,9 @@ class ModelList(TypedDict):
 
 
 class Health(TypedDict):
-    """That the server takes requests, and how busy it is."""
+    """Whether the server takes requests, and how busy it is."""
 
-    status: Literal["ok"]
+    status: Literal["ok", "draining", "restarting"]
     num_running: int
     num_waiting: int
     kv_cache_usage: float

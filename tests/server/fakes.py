@@ -24,7 +24,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from minivllm.config import ServerConfig
-from minivllm.errors import EngineDeadError, RequestFailedError
+from minivllm.errors import EngineDeadError, EngineRestartingError, RequestFailedError
 from minivllm.request import (
     EngineEvent,
     EngineInfo,
@@ -78,6 +78,7 @@ class FakeEngine:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.info = EngineInfo(max_model_len=MAX_MODEL_LEN, vocab_size=tokenizer.vocab_size)
         self.is_alive = True
+        self.is_hopeless = False
         self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
         self.priorities: dict[str, int] = {}
         self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -123,6 +124,10 @@ class FakeEngine:
         finally:
             if not is_finished:
                 self.closed.put(request_id)
+
+    def check_alive(self) -> None:
+        if not self.is_alive:
+            raise EngineRestartingError("the engine is being restarted")
 
     @property
     def stats(self) -> EngineStats:

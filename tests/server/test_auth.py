@@ -145,8 +145,8 @@ def test_headers_that_name_another_path_change_nothing(port: int) -> None:
     refused(port, head("POST", "/v1/models", "test", "X-HTTP-Method-Override: OPTIONS"), "POST")
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping"])
-def test_the_two_open_paths(port: int, path: str) -> None:
+@pytest.mark.parametrize("path", ["/health", "/ping", "/ready"])
+def test_the_open_paths(port: int, path: str) -> None:
     for target in (path, path + "?x=/v1/models"):
         for host in ("test", "[", "test/v1/models?"):
             answer = send_raw(port, head("GET", target, host))
