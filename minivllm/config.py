@@ -180,8 +180,8 @@ class ServerConfig:
     api_key: tuple[str, ...] = option(
         (),
         "keys, of which a request to any path but /health, /ping and /ready must bring one, as "
-        "Authorization: Bearer KEY; process lists show them, and neither --api-key-file nor the environment variable "
-        "MINIVLLM_API_KEY (one, or several with commas between)",
+        "Authorization: Bearer KEY; process lists show them, and neither --api-key-file nor the environment "
+        "variable MINIVLLM_API_KEY (one, or several with commas between)",
         is_secret=True,
     )
     api_key_file: str | None = option(
