@@ -6,6 +6,7 @@
     ├── InvalidRequestError  (also a ValueError)   400  the request can't be served as it is
     │   ├── ContextLengthError                     400  more tokens than the context holds
     │   ├── ModelNotFoundError                     404  no such model here
+    │   ├── RequestNotFoundError                   404  no such request is being answered
     │   ├── InvalidApiKeyError                     401  no API key, or a wrong one
     │   ├── BodyTooLargeError                      413  more bytes than --max-body-size
     │   └── HeadersTooLargeError                   431  over --max-header-size or --max-header-count
@@ -65,6 +66,13 @@ class ModelNotFoundError(InvalidRequestError):
 
     http_status = 404
     code = "model_not_found"
+
+
+class RequestNotFoundError(InvalidRequestError):
+    """No request of that id is being answered."""
+
+    http_status = 404
+    code = "request_not_found"
 
 
 class InvalidApiKeyError(InvalidRequestError):

@@ -35,6 +35,7 @@ class FinishReason(str, Enum):
     LENGTH = "length"  # max_tokens reached, or the context is full
     ABORT = "abort"  # the client went away, or called abort
     ERROR = "error"  # the step that computed it raised
+    TIMEOUT = "timeout"  # its own deadline passed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,21 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """How a request is scheduled, whatever it asks for."""
+
+    priority: int = 0
+    """The lower, the sooner it is admitted."""
+    tenant: str = ""
+    """Whose it is, where tenants share an engine fairly."""
+    timeout: float | None = None
+    """Seconds from now after which nobody wants its answer any more."""
+
+
+DEFAULT_TERMS = Terms()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """One sampled token's log probability under the model, before temperature and penalties."""
 
@@ -220,6 +236,8 @@ class Request:
     """Prompt and output together end here."""
     priority: int = 0
     """The lower, the sooner it is admitted."""
+    tenant: str = ""
+    """Whose it is."""
     end_token_ids: frozenset[int] = frozenset()
     """Any of these ends it, once it has more than ``min_tokens``. Set by the scheduler."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)

@@ -19,13 +19,22 @@ from minivllm.child import child_environment
 from minivllm.config import EngineConfig
 from minivllm.engine import messages
 from minivllm.errors import (
+    DeadlineError,
     EngineDeadError,
     MinivllmError,
     RequestFailedError,
     ShuttingDownError,
     StartupError,
 )
-from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason, SamplingParams
+from minivllm.request import (
+    DEFAULT_TERMS,
+    EngineEvent,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+    Terms,
+)
 
 _LONGEST_SOCKET_DIRECTORY = 80  # a Unix socket's path has at most about 100 bytes
 
@@ -149,7 +158,11 @@ class EngineClient:
         return self._stats
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        terms: Terms = DEFAULT_TERMS,
     ) -> AsyncGenerator[EngineEvent, None]:
         """Run one request that :func:`minivllm.request.check_request` has let through.
 
@@ -158,6 +171,7 @@ class EngineClient:
 
         Raises:
             RequestFailedError: the engine failed while it computed this request.
+            DeadlineError: it wasn't finished within ``terms.timeout``.
             EngineDeadError: the engine process died.
             ShuttingDownError: :meth:`close` was called.
         """
@@ -168,7 +182,7 @@ class EngineClient:
             self._last_sign = time.monotonic()
         self._queues[request_id] = queue
         self._is_idle.clear()
-        self._send(messages.AddRequest(request_id, prompt_token_ids, sampling, priority))
+        self._send(messages.AddRequest(request_id, prompt_token_ids, sampling, terms))
         is_finished = False
         try:
             while not is_finished:
@@ -177,6 +191,8 @@ class EngineClient:
                     is_finished = True
                     raise event
                 is_finished = event.finish_reason is not None
+                if event.finish_reason is FinishReason.TIMEOUT:
+                    raise DeadlineError("the request wasn't finished within the timeout that it gave")
                 if event.finish_reason is FinishReason.ERROR:
                     raise RequestFailedError(f"the engine failed on this request: {event.error}")
                 yield event

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import time
 from collections import deque
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from minivllm.config import EngineConfig
@@ -23,8 +25,18 @@ from minivllm.engine.scheduler import (
     SchedulerLimits,
     SequentialScheduler,
 )
+from minivllm.engine.waiting import FairQueue, WaitingQueue
 from minivllm.errors import InvalidRequestError
-from minivllm.request import EngineEvent, EngineInfo, EngineStats, Request, RequestMetrics, SamplingParams
+from minivllm.request import (
+    DEFAULT_TERMS,
+    EngineEvent,
+    EngineInfo,
+    EngineStats,
+    Request,
+    RequestMetrics,
+    SamplingParams,
+    Terms,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +96,14 @@ class Engine:
             "continuous": ContinuousScheduler,
             "sequential": SequentialScheduler,
         }
-        self.scheduler = schedulers[config.scheduler](self.block_manager, limits, clock)
+        waiting = FairQueue() if config.fairness == "keys" else WaitingQueue()
+        self.scheduler = schedulers[config.scheduler](self.block_manager, limits, clock, waiting)
         self._requests: dict[str, Request] = {}
         self._compiling: dict[Request, GrammarState] = {}
         """Requests that aren't in the scheduler's queue yet, because their grammars are being compiled."""
+        self._deadlines: list[tuple[float, int, Request]] = []
+        """A heap of deadlines, with a number that settles ties; of requests that have ended, too."""
+        self._numbers = itertools.count()
         self._in_flight: deque[_Step] = deque()
         """Steps that were started and whose tokens haven't been taken in, oldest first."""
         self._seeds = random.Random(config.seed)
@@ -98,11 +114,13 @@ class Engine:
         return self.scheduler.has_work or bool(self._in_flight) or bool(self._compiling)
 
     def add(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        terms: Terms = DEFAULT_TERMS,
     ) -> None:
         """Queue a request that :func:`minivllm.request.check_request` has let through.
-
-        Of those that wait, the one of the lowest ``priority`` is admitted first.
 
         Raises:
             InvalidRequestError: the id is taken, the sequence could never fit into the KV pool, or a
@@ -124,7 +142,8 @@ class Engine:
             sampling,
             seed=self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed,
             max_total_tokens=max_total_tokens,
-            priority=priority,
+            priority=terms.priority,
+            tenant=terms.tenant,
             metrics=RequestMetrics(arrival_time=self.clock()),
         )
         if sampling.grammar is None:
@@ -134,15 +153,16 @@ class Engine:
         else:
             request.grammar = self._compiling[request] = self.grammars.begin(sampling.grammar)
         self._requests[request_id] = request
+        if terms.timeout is not None:
+            deadline = request.metrics.arrival_time + terms.timeout
+            heappush(self._deadlines, (deadline, next(self._numbers), request))
 
     def abort(self, request_id: str) -> EngineEvent | None:
         """End a request now. None if it has ended already."""
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
-        if self._compiling.pop(request, None) is not None:
-            self.scheduler.add(request)
-        return self.scheduler.abort(request)
+        return self._withdraw(request, self.scheduler.abort)
 
     def step(self) -> list[EngineEvent]:
         """Start a step over all that is scheduled, and take in the tokens of the one that ran until now.
@@ -151,6 +171,8 @@ class Engine:
         requests only.
         """
         events = self._queue_compiled()
+        if self._deadlines:
+            events += self._drop_late()
         if self._in_flight and self._in_flight[0].batch.reads_output:
             events += self._take_in()
         batch = self.scheduler.schedule()
@@ -178,9 +200,28 @@ class Engine:
                 events.append(self.scheduler.refuse(request, error))
         return events
 
+    def _drop_late(self) -> list[EngineEvent]:
+        """End the requests whose deadlines have passed, before anybody is evicted for them."""
+        events = []
+        while self._deadlines and self._deadlines[0][0] <= self.clock():
+            request = heappop(self._deadlines)[-1]
+            if not request.is_finished:
+                events.append(self._withdraw(request, self.scheduler.expire))
+        return events
+
+    def _withdraw(self, request: Request, end: Callable[[Request], EngineEvent]) -> EngineEvent:
+        """End a request wherever it is."""
+        if self._compiling.pop(request, None) is not None:
+            self.scheduler.add(request)
+        return end(request)
+
     def _start(self, batch: ScheduledBatch) -> list[EngineEvent]:
         try:
             tokens = self.runner.execute(batch)
+        except MemoryError as error:
+            if batch.num_tokens == 1:
+                return self._fail(batch, error)
+            return self._shrink(batch, error)
         except Exception as error:
             return self._fail(batch, error)
         self.scheduler.advance(batch)
@@ -198,6 +239,19 @@ class Engine:
     def _fail(self, batch: ScheduledBatch, error: Exception) -> list[EngineEvent]:
         logger.error("a step over %d requests failed", len(batch.requests), exc_info=error)
         return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
+
+    def _shrink(self, batch: ScheduledBatch, error: MemoryError) -> list[EngineEvent]:
+        """A step didn't fit into memory: from now on steps have half as many tokens, and nobody fails."""
+        self.scheduler.take_back(batch)
+        self.scheduler.max_num_batched_tokens = batch.num_tokens // 2
+        logger.warning(
+            "a step of %d tokens didn't fit into memory (%s): from now on steps have at most %d; "
+            "set --max-num-batched-tokens to that, or lower --gpu-memory-utilization",
+            batch.num_tokens,
+            error,
+            self.scheduler.max_num_batched_tokens,
+        )
+        return []
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""

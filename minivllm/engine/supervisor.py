@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from minivllm.config import EngineConfig
 from minivllm.engine.client import EngineClient
 from minivllm.errors import EngineRestartingError, ShuttingDownError, StartupError
-from minivllm.request import EngineEvent, EngineInfo, EngineStats, SamplingParams
+from minivllm.request import DEFAULT_TERMS, EngineEvent, EngineInfo, EngineStats, SamplingParams, Terms
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,11 @@ class SupervisedEngine:
         await self._client.wait_until_idle()
 
     def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        terms: Terms = DEFAULT_TERMS,
     ) -> AsyncGenerator[EngineEvent, None]:
         """:meth:`EngineClient.generate` of the engine that runs now.
 
@@ -93,7 +97,7 @@ class SupervisedEngine:
             ShuttingDownError: :meth:`close` was called.
         """
         self.check_alive()
-        return self._client.generate(request_id, prompt_token_ids, sampling, priority)
+        return self._client.generate(request_id, prompt_token_ids, sampling, terms)
 
     def check_alive(self) -> None:
         """Raise why no request can be served, if none can."""

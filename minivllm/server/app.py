@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Literal
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp
 
 import minivllm
 from minivllm.config import ServerConfig
-from minivllm.errors import InvalidRequestError, MinivllmError
+from minivllm.errors import InvalidRequestError, MinivllmError, RequestNotFoundError
+from minivllm.server.admission import WaitingRoom
 from minivllm.server.body import JsonRoute
 from minivllm.server.chat import ChatStyle
 from minivllm.server.context import Engine, ServerContext, ServerState
@@ -23,7 +24,8 @@ from minivllm.server.keys import ApiKeys
 from minivllm.server.lenient import LenientRoute
 from minivllm.server.openai import openai_router
 from minivllm.server.protocol import DetokenizeRequest, TokenizeRequest
-from minivllm.server.responses import Detokenized, ErrorEnvelope, Health, Tokenized, Version
+from minivllm.server.rate_limit import TokenRateLimit
+from minivllm.server.responses import Detokenized, ErrorEnvelope, Health, QueuePosition, Tokenized, Version
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 
@@ -48,6 +50,9 @@ def create_app(
         api_keys: one of them is needed for every path but ``/health`` and ``/ping``; None: everybody may in.
         grammars: closed by the caller. None: one of its own, whose process ends with this one.
     """
+    room = WaitingRoom(server_config.max_waiting_requests, server_config.max_waiting_tokens)
+    rate = server_config.key_tokens_per_minute
+    rate_limit = None if rate is None else TokenRateLimit(rate)
     context = ServerContext(
         engine,
         tokenizer,
@@ -55,10 +60,12 @@ def create_app(
         state,
         ChatStyle.of(tokenizer, server_config),
         grammars or GrammarChecker(tokenizer, engine.info.vocab_size),
+        room,
+        rate_limit,
         max_tokens_per_request=server_config.max_tokens_per_request,
     )
     app = _GuardedApp(
-        lambda app: guard(app, server_config, api_keys),
+        lambda app: guard(app, server_config, api_keys, room, rate_limit),
         title="minivllm",
         version=minivllm.__version__,
         docs_url=None,  # a page that would load its scripts from elsewhere
@@ -106,6 +113,22 @@ def _own_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRout
         """Whether a request sent now would be served; 503 tells load balancers to send none."""
         status = _status(context)
         return JSONResponse(_health(context, status), status_code=200 if status == "ok" else 503)
+
+    @router.get("/v1/queue/{request_id}")
+    async def queue_position(request_id: str, request: Request) -> QueuePosition:
+        """Where one of the caller's own requests stands, by its X-Request-Id or the id of its answer."""
+        ticket = context.room.find(request_id, getattr(request.state, "key_name", ""))
+        if ticket is None:
+            raise RequestNotFoundError(f"no request {request_id[:200]!r} is being answered")
+        waiting = context.room.waiting()
+        position = waiting.index(ticket) + 1 if ticket.is_waiting else 0
+        return {
+            "id": request_id,
+            "status": "waiting" if ticket.is_waiting else "running",
+            "position": position,
+            "num_waiting": len(waiting),
+            "estimated_start_seconds": context.room.seconds_until_start(position),
+        }
 
     @router.get("/version")
     async def version() -> Version:

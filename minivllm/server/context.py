@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from minivllm.errors import ModelNotFoundError, ShuttingDownError
-from minivllm.request import EngineEvent, EngineInfo, EngineStats, SamplingParams
+from minivllm.request import DEFAULT_TERMS, EngineEvent, EngineInfo, EngineStats, SamplingParams, Terms
+from minivllm.server.admission import WaitingRoom
 from minivllm.server.chat import ChatStyle
 from minivllm.server.grammar_check import GrammarChecker
+from minivllm.server.rate_limit import TokenRateLimit
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 
@@ -29,7 +31,11 @@ class Engine(Protocol):
         """Whether it keeps failing, so that somebody should look."""
 
     def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        terms: Terms = DEFAULT_TERMS,
     ) -> AsyncGenerator[EngineEvent, None]:
         """A request's events, the last with its finish reason; closing it early aborts the request."""
 
@@ -58,6 +64,8 @@ class ServerContext:
     chat_style: ChatStyle
     """How the model writes tool calls and reasoning."""
     grammars: GrammarChecker
+    room: WaitingRoom
+    rate_limit: TokenRateLimit | None
     max_tokens_per_request: int | None = None
     """Most tokens that all samples of one request may have together."""
     created: int = field(default_factory=lambda: int(time.time()))

@@ -222,6 +222,18 @@ class Health(TypedDict):
     kv_cache_usage: float
 
 
+class QueuePosition(TypedDict):
+    """Where a request stands."""
+
+    id: str
+    status: Literal["waiting", "running"]
+    position: int
+    """1: the next one; 0: it runs."""
+    num_waiting: int
+    estimated_start_seconds: float | None
+    """From how the queue has moved in the last minute; null: it hasn't."""
+
+
 class Version(TypedDict):
     """Which minivllm this is."""
 

@@ -85,6 +85,11 @@ def tokens_of(events: list[EngineEvent]) -> list[int]:
     ],
     ids=lambda settings: ", ".join(map(str, settings.values())) or "default",
 )
+def with_tokens(events: list[EngineEvent]) -> list[EngineEvent]:
+    """Without those that tell that a long prompt was begun: chunks end elsewhere in each run."""
+    return [event for event in events if event.new_token_ids]
+
+
 @pytest.mark.parametrize("has_graphs", [False, True])
 def test_the_tokens_are_the_same(
     make_tiny_engine: MakeEngine, settings: dict[str, Any], has_graphs: bool
@@ -100,7 +105,7 @@ def test_the_tokens_are_the_same(
         assert tokens_of(have[number]) == tokens_of(events)
         assert PENDING_TOKEN not in tokens_of(events)
         assert have[number][-1].finish_reason == events[-1].finish_reason
-        for ours, theirs in zip(have[number], events, strict=True):
+        for ours, theirs in zip(with_tokens(have[number]), with_tokens(events), strict=True):
             assert (ours.logprobs is None) == (theirs.logprobs is None)
             if ours.logprobs is not None and theirs.logprobs is not None:
                 assert ours.logprobs[0].token_id == theirs.logprobs[0].token_id

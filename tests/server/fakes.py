@@ -26,12 +26,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 from minivllm.config import ServerConfig
 from minivllm.errors import EngineDeadError, EngineRestartingError, RequestFailedError
 from minivllm.request import (
+    DEFAULT_TERMS,
     EngineEvent,
     EngineInfo,
     EngineStats,
     FinishReason,
     RequestMetrics,
     SamplingParams,
+    Terms,
     TokenLogprob,
 )
 from minivllm.server.app import create_app
@@ -80,17 +82,21 @@ class FakeEngine:
         self.is_alive = True
         self.is_hopeless = False
         self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
-        self.priorities: dict[str, int] = {}
+        self.terms: dict[str, Terms] = {}
         self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.closed: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Requests that were left before their end."""
         self._tokenizer = tokenizer
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        terms: Terms = DEFAULT_TERMS,
     ) -> AsyncGenerator[EngineEvent, None]:
         self.requests[request_id] = (prompt_token_ids, sampling)
-        self.priorities[request_id] = priority
+        self.terms[request_id] = terms
         is_finished = False
         try:
             tokens = self._answer(sampling)
