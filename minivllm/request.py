@@ -187,6 +187,8 @@ class Terms:
     """Whose it is, where tenants share an engine fairly."""
     timeout: float | None = None
     """Seconds from now after which nobody wants its answer any more."""
+    client_id: str | None = None
+    """What its client calls it, where it has a name of its own for it: for traces alone."""
 
 
 DEFAULT_TERMS = Terms()
@@ -238,6 +240,8 @@ class Request:
     """The lower, the sooner it is admitted."""
     tenant: str = ""
     """Whose it is."""
+    client_id: str | None = None
+    """What its client calls it, for traces alone."""
     end_token_ids: frozenset[int] = frozenset()
     """Any of these ends it, once it has more than ``min_tokens``. Set by the scheduler."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)

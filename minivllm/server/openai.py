@@ -98,7 +98,8 @@ async def _generate(
     deadline = Deadline.of(body.timeout, request.headers)
     # Ours, never the client's X-Request-Id: the engine's ids must be unique.
     answer_id = wording.id_prefix + request.state.unique_id
-    ticket.ids = frozenset((request.state.request_id, answer_id))
+    given_id: str | None = request.state.given_id
+    ticket.ids = frozenset((given_id or request.state.unique_id, answer_id))
     ticket.priority = body.priority
 
     def make() -> tuple[list[Sample], int]:
@@ -121,7 +122,7 @@ async def _generate(
     grammar = samples[0].sampling.grammar
     if grammar is not None:
         await check_grammar(context.grammars, grammar)
-    terms = Terms(body.priority, ticket.owner, deadline.seconds_left())
+    terms = Terms(body.priority, ticket.owner, deadline.seconds_left(), given_id)
     answer = Answer(context, body, answer_id, wording, samples, samples_per_prompt, ticket, terms)
     if body.stream:
         return EventStream(answer.stream)

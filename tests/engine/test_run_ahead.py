@@ -50,6 +50,11 @@ SAMPLINGS = [
 ]
 
 
+def with_tokens(events: list[EngineEvent]) -> list[EngineEvent]:
+    """Without those that tell that a long prompt was begun: chunks end elsewhere in each run."""
+    return [event for event in events if event.new_token_ids]
+
+
 def run(engine: Engine, seed: int, num_requests: int) -> dict[str, list[EngineEvent]]:
     """Requests of every kind, some of which come while others run."""
     rng = random.Random(seed)
@@ -85,11 +90,6 @@ def tokens_of(events: list[EngineEvent]) -> list[int]:
     ],
     ids=lambda settings: ", ".join(map(str, settings.values())) or "default",
 )
-def with_tokens(events: list[EngineEvent]) -> list[EngineEvent]:
-    """Without those that tell that a long prompt was begun: chunks end elsewhere in each run."""
-    return [event for event in events if event.new_token_ids]
-
-
 @pytest.mark.parametrize("has_graphs", [False, True])
 def test_the_tokens_are_the_same(
     make_tiny_engine: MakeEngine, settings: dict[str, Any], has_graphs: bool
