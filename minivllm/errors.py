@@ -9,7 +9,8 @@
     │   ├── RequestNotFoundError                   404  no such request is being answered
     │   ├── InvalidApiKeyError                     401  no API key, or a wrong one
     │   ├── BodyTooLargeError                      413  more bytes than --max-body-size
-    │   └── HeadersTooLargeError                   431  over --max-header-size or --max-header-count
+    │   ├── HeadersTooLargeError                   431  over --max-header-size or --max-header-count
+    │   └── SlowRequestError                       408  the request itself came too slowly
     ├── EngineDeadError                            500  the engine process is gone
     ├── RequestFailedError                         500  this request's step raised
     ├── EngineRestartingError                      503  a new engine process is being started
@@ -95,6 +96,13 @@ class HeadersTooLargeError(InvalidRequestError):
 
     http_status = 431
     code = "headers_too_large"
+
+
+class SlowRequestError(InvalidRequestError):
+    """The request's head took too long to arrive, or its body stopped on the way."""
+
+    http_status = 408
+    code = "slow_request"
 
 
 class EngineDeadError(MinivllmError):

@@ -19,9 +19,13 @@ ROOT = Path(__file__).parents[2]
 
 def main() -> int:
     """Returns 1 where a promise is broken."""
-    parser = argparse.ArgumentParser("make endurance", description="Runs that show what holds in the long run.")
+    parser = argparse.ArgumentParser(
+        "make endurance", description="Runs that show what holds in the long run."
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--seed", type=int, help="of lengths, moments and mutations (default: another each time)")
+    parser.add_argument(
+        "--seed", type=int, help="of lengths, moments and mutations (default: another each time)"
+    )
     parser.add_argument("--quick", action="store_true", help="short versions, as in the test suite")
     parser.add_argument("--output", type=Path, help="a JSON file for the results; other parts in it stay")
     parsed = parser.parse_args()

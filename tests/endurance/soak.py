@@ -142,7 +142,9 @@ def _is_same(one: tuple[str, list[float]], other: tuple[str, list[float]]) -> bo
     )
 
 
-async def _soak(endured: Endured, name: str, findings: Findings, *, seed: str, num: int, at_once: int) -> None:
+async def _soak(
+    endured: Endured, name: str, findings: Findings, *, seed: str, num: int, at_once: int
+) -> None:
     port = endured.port
     await _send_all(port, f"{seed}/warm-up", min(num, 1000), at_once)  # pools of threads, caches, allocators
     await until_idle(port)
