@@ -30,6 +30,7 @@ class Answer:
     has_left: bool = False
     """Whether the client went away before the end."""
     status: int | None = None
+    retry_after: str | None = None
     body: bytes = b""
     is_whole: bool = False
     """Whether HTTP says that nothing is missing."""
@@ -141,7 +142,7 @@ def _parse(received: bytes, answer: Answer) -> None:
     response = HTTPResponse(_Received(received))  # type: ignore[arg-type]
     try:
         response.begin()
-        answer.status = response.status
+        answer.status, answer.retry_after = response.status, response.getheader("Retry-After")
         answer.body = response.read()
         answer.is_whole = True
     except (HTTPException, OSError, ValueError):
