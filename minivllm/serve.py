@@ -8,6 +8,7 @@ import gc
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> int:
     engine_config = parser.make_config(EngineConfig, parsed)
     server_config = parser.make_config(ServerConfig, parsed)
     _configure_logging()
+    _allow_more_files()
     api_keys = load_api_keys(server_config, os.environ)
     check_tls(server_config)
     try:
@@ -62,6 +64,13 @@ def _configure_logging() -> None:
     http_logger.handlers = [handler]
     http_logger.setLevel(logging.ERROR)
     http_logger.propagate = False
+
+
+def _allow_more_files() -> None:
+    """Each connection is an open file, and shells often allow 1,024, which a program may raise by itself."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS: "unlimited" is refused
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def serve(
