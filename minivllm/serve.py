@@ -115,8 +115,8 @@ async def serve(
             app = create_app(engine, tokenizer, server_config, name, state, api_keys)
             # After 5 s the answers are complete, or have failed: only slow readers are waited for.
             http = _HttpServer(uvicorn_config(app, server_config, timeout_graceful_shutdown=5))
-            # What start-up made stays: no collection walks over it while streams wait, and what requests leave
-            # behind is collected soon, not when it has come to a quarter of all that.
+            # What start-up made stays: no collection walks over it while streams wait, and what requests
+            # leave behind is collected soon, not when it has come to a quarter of all that.
             gc.freeze()
             serving = asyncio.create_task(http.serve(sockets=[listener]))
             await http.is_listening.wait()
@@ -137,6 +137,8 @@ async def serve(
 async def _drain(engine: SupervisedEngine, timeout: float) -> None:
     """Let running requests finish; after ``timeout`` seconds, end them with an error."""
     logger.info("stopping: %d requests have up to %g s to finish", engine.num_requests, timeout)
+    if engine.num_requests == 0:  # with a timeout of 0, wait_for doesn't look
+        return
     try:
         await asyncio.wait_for(engine.wait_until_idle(), timeout)
     except asyncio.TimeoutError:

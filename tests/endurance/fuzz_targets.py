@@ -46,18 +46,45 @@ _MESSAGES = [
     {"role": "user", "content": "Hi, <b>you</b> & naïve 👍"},
     {"role": "assistant", "content": "Hello!"},
 ]
-_TEMPLATE_WORDS = [
-    "{{", "}}", "{%", "%}", "{#", "#}", "{% for m in messages %}", "{% endfor %}", "{% if x %}", "{% else %}",
-    "{% endif %}", "{% set x = messages %}", "| tojson", "| trim", "| length", "| join", "| list", "loop.index",
-    "namespace(a=1)", "none", "true", "''", "' + ", "[0]", "[1:]", ".role", "['content']", "raise_exception('no')",
-    "range(100)", "bos_token", "__class__", ".__init__.__globals__", "self", "| attr('__class__')", "()", "-", "~",
-    "is defined", "{% generation %}", "{% macro a(b) %}", "{% endmacro %}", "| int", "{% break %}", "'%s' % 1",
-]  # fmt: skip
+_TEMPLATE_WORDS = (
+    """{{ }} {% %} {# #} - ~ () '' self .role [0] [1:] | | |trim |length |join |list |int |tojson
+{%for(m)in(messages)%} {%endfor%} {%if(x)%} {%else%} {%endif%} {%generation%} {%break%} {%endmacro%} range(100)
+loop.index namespace(a=1) none true raise_exception('no') bos_token __class__ .__init__.__globals__ ['content']
+|attr('__class__') is(defined) '%s'%1""".split()
+    + ["{% set x = messages %}", "{% macro a(b) %}", "' + "]
+)
 _JSON_VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 0.5, -0.0, 1e308, 2**31, 2**63, 2**64, 10**400, "", "x", "\x00", "é" * 40, [],
-    {}, [[]], [None], [1, 2], ["a", "b"], {"a": 1}, [{"role": "user"}], "json_object", {"type": "json_object"},
-    {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}, "a" * 5000, [7] * 300, -(2**63),
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    0.5,
+    -0.0,
+    1e308,
+    2**31,
+    2**63,
+    2**64,
+    -(2**63),
+    10**400,
+]
+_JSON_VALUES += [
+    "",
+    "x",
+    "\x00",
+    "é" * 40,
+    "a" * 5000,
+    "json_object",
+    [],
+    [[]],
+    [None],
+    [1, 2],
+    ["a", "b"],
+    [7] * 300,
+]
+_JSON_VALUES += [{}, {"a": 1}, [{"role": "user"}], {"type": "json_object"}]
+_JSON_VALUES += [{"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}]
 _BODIES: list[tuple[str, dict[str, Any]]] = [
     (
         "/v1/completions",
@@ -338,7 +365,9 @@ def _taken(target: Target, rng: random.Random) -> bool:
     try:
         return target(rng)
     except MinivllmError as error:
-        is_one_line = "\n" not in str(error) or isinstance(error, InvalidRequestError)  # a template's own words
+        is_one_line = "\n" not in str(error) or isinstance(
+            error, InvalidRequestError
+        )  # a template's own words
         if not str(error) or len(str(error)) > 5000 or not is_one_line:
             raise AssertionError(f"not one clear line: {error!s:.300}") from None
         return False

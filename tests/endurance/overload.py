@@ -44,7 +44,7 @@ class _Load:
         return await post(self._port, body)
 
     async def closed(self, users: int, seconds: float) -> float:
-        """Requests that so many users get answered in a second. One that goes on after the end counts in part."""
+        """Requests that so many users get answered in a second; one that goes on after it counts in part."""
         start, answers = time.monotonic(), list[Answer]()
         end = start + seconds
 

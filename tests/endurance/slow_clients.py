@@ -59,7 +59,9 @@ async def _gathered(port: int, crowd: Crowd) -> AsyncIterator[list[socket.socket
 
     async def sip(connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while await loop.sock_recv(connection, 1):
+            for _ in range(2**20):
+                if not await loop.sock_recv(connection, 1):
+                    return
                 await asyncio.sleep(_PAUSE)
 
     body = {"prompt": [5, 6, 7], "max_tokens": _SLOW_TOKENS, "ignore_eos": True, "stream": True}
