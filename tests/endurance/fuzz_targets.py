@@ -46,13 +46,14 @@ _MESSAGES = [
     {"role": "user", "content": "Hi, <b>you</b> & naïve 👍"},
     {"role": "assistant", "content": "Hello!"},
 ]
-_TEMPLATE_WORDS = (
-    """{{ }} {% %} {# #} - ~ () '' self .role [0] [1:] | | |trim |length |join |list |int |tojson
-{%for(m)in(messages)%} {%endfor%} {%if(x)%} {%else%} {%endif%} {%generation%} {%break%} {%endmacro%} range(100)
-loop.index namespace(a=1) none true raise_exception('no') bos_token __class__ .__init__.__globals__ ['content']
-|attr('__class__') is(defined) '%s'%1""".split()
-    + ["{% set x = messages %}", "{% macro a(b) %}", "' + "]
-)
+_TEMPLATE_WORDS = [
+    "{{", "}}", "{%", "%}", "{#", "#}", "{% for m in messages %}", "{% endfor %}", "{% if x %}",
+    "{% else %}", "{% endif %}", "{% set x = messages %}", "{% generation %}", "{% break %}",
+    "{% macro a(b) %}", "{% endmacro %}", "| tojson", "| trim", "| length", "| join", "| list", "| int",
+    "| attr('__class__')", "loop.index", "namespace(a=1)", "none", "true", "''", "' + ", "[0]", "[1:]",
+    ".role", "['content']", "raise_exception('no')", "range(100)", "bos_token", "__class__",
+    ".__init__.__globals__", "self", "()", "-", "~", "is defined", "'%s' % 1",
+]  # fmt: skip
 _JSON_VALUES: list[Any] = [
     None,
     True,
