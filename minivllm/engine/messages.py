@@ -60,14 +60,16 @@ _decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 def decode_to_engine(frame: bytes) -> ToEngine:
     """What the client says. Raises :class:`MessageError`."""
     try:
-        return _decode_to_engine(frame)
+        message: ToEngine = _decode_to_engine(frame)
     except _UNREADABLE as error:
         raise MessageError(f"the server sent what is no message: {error}") from None
+    return message
 
 
 def decode_from_engine(frame: bytes) -> FromEngine:
     """What the engine process says. Raises :class:`MessageError`."""
     try:
-        return _decode_from_engine(frame)
+        message: FromEngine = _decode_from_engine(frame)
     except _UNREADABLE as error:
         raise MessageError(f"the engine process sent what is no message: {error}") from None
+    return message

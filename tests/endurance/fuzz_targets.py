@@ -16,10 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
 import httpx
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from minivllm.config import ServerConfig
 from minivllm.engine import messages
@@ -35,7 +33,7 @@ from tests.endurance.mutations import mutate_bytes, mutate_text
 from tests.server.fakes import served
 from tests.tiny_model import CONFIG
 from tests.tokenizer.test_chat_template import CHATML, FEATURES, LLAMA2, LLAMA3
-from tests.weights.tiny_models import TINY_METADATA, write_gguf
+from tests.weights.tiny_models import write_small_gguf
 
 Target = Callable[[random.Random], bool]
 
@@ -130,22 +128,7 @@ _BODIES: list[tuple[str, dict[str, Any]]] = [
 @contextmanager
 def gguf_headers() -> Iterator[Target]:
     """A GGUF file whose header is changed: its metadata, its tensors and its tokenizer are all read."""
-    shapes = {
-        "token_embd.weight": (48, 32),
-        "output_norm.weight": (32,),
-        "blk.0.attn_q.weight": (32, 32),
-        "blk.0.attn_k.weight": (16, 32),
-        "blk.0.ffn_down.weight": (32, 64),
-        "rope_freqs.weight": (4,),
-    }
-    tensors = {}
-    for name, shape in shapes.items():
-        tensor_type = GGMLQuantizationType.Q4_1 if len(shape) == 2 else GGMLQuantizationType.F32
-        tensors[name] = (gguf.quantize(np.ones(shape, np.float32), tensor_type), tensor_type)
-    metadata = TINY_METADATA | {
-        "llama.embedding_length": 32,
-        "llama.block_count": 1,
-        "llama.feed_forward_length": 64,
+    metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRST", "ab", "cd"],
@@ -154,7 +137,7 @@ def gguf_headers() -> Iterator[Target]:
         "tokenizer.chat_template": "{{ messages[0].content }}",
     }
     with tempfile.TemporaryDirectory() as folder:
-        original = write_gguf(Path(folder) / "original.gguf", metadata, tensors)
+        original = write_small_gguf(Path(folder) / "original.gguf", metadata)
         data = original.read_bytes()
         end = min(tensor.offset for tensor in open_gguf(original).tensors.values())
         numbers = iter(range(2**62))
