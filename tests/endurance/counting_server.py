@@ -1,4 +1,5 @@
-"""``minivllm serve``, which on SIGUSR1 writes which asyncio tasks it has to a file.
+"""``minivllm serve``, which on SIGUSR1 writes which asyncio tasks it has, and how many
+blocks of Python's memory are in use, to a file.
 
 ``python -m tests.endurance.counting_server -m minivllm.serve …``: nothing else about the server is different.
 """
@@ -6,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -25,7 +27,12 @@ def _count(*_: Any) -> None:
     path = Path(os.environ[COUNTS_VARIABLE])
     draft = path.with_suffix(".draft")
     num_pooled = sum(thread.name.startswith("asyncio_") for thread in threading.enumerate())
-    counts = {"tasks": dict(Counter(names)), "pooled threads": num_pooled}
+    gc.collect()
+    counts = {
+        "tasks": dict(Counter(names)),
+        "pooled threads": num_pooled,
+        "memory blocks": sys.getallocatedblocks(),
+    }
     draft.write_text(json.dumps(counts))
     draft.rename(path)
 

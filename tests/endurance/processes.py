@@ -33,6 +33,8 @@ class Endured:
     counts_path: Path
     start_seconds: float
     """From the command to the log line that it serves."""
+    num_memory_blocks: int = 0
+    """Of the server's Python objects, when it last counted."""
 
     @property
     def port(self) -> int:
@@ -65,6 +67,7 @@ class Endured:
                 raise TimeoutError("the server doesn't count its tasks")
             time.sleep(0.01)
         counts: dict[str, Any] = json.loads(self.counts_path.read_text())
+        self.num_memory_blocks = counts.pop("memory blocks")
         counts["threads"] = num_threads(self.pid) - counts.pop("pooled threads")
         counts["open files"] = num_files(self.pid)
         engine = self.engine_pid()

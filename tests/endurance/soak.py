@@ -114,6 +114,13 @@ class _Memory:
             self.samples.append((resident_bytes(endured.pid), resident_bytes(engine)))
             await asyncio.sleep(_SAMPLE_SECONDS)
 
+    def over_time(self, process: int) -> list[float]:
+        """MiB: medians of eight parts of the run."""
+        values = [sample[process] for sample in self.samples]
+        size = max(len(values) // 8, 1)
+        parts = [values[start : start + size] for start in range(0, len(values), size)]
+        return [round(statistics.median(part) / 2**20, 2) for part in parts]
+
     def growth(self, process: int) -> float:
         """From the median of the first quarter to that of the last, as a share."""
         values = [sample[process] for sample in self.samples]
@@ -149,6 +156,7 @@ async def _soak(
     await _send_all(port, f"{seed}/warm-up", min(num, 1000), at_once)  # pools of threads, caches, allocators
     await until_idle(port)
     before = await asyncio.to_thread(endured.counts)
+    blocks_before = endured.num_memory_blocks
     memory = _Memory()
     watching = asyncio.create_task(memory.watch(endured))
     start = time.monotonic()
@@ -157,6 +165,7 @@ async def _soak(
     watching.cancel()
     health = await until_idle(port)
     after = await asyncio.to_thread(endured.counts)
+    more_objects = endured.num_memory_blocks / blocks_before - 1
 
     outcomes = Counter(f"{planned.kind}: {answer.outcome}" for planned, answer in results)
     unforeseen = [
@@ -177,7 +186,8 @@ async def _soak(
         "outcomes": dict(sorted(outcomes.items())),
         "asked again in quiet": len(repeated),
         "memory growth": {process: round(growth, 4) for process, growth in growths.items()},
-        "memory at the end, MiB": [round(value / 2**20, 1) for value in memory.samples[-1]],
+        "memory over time, MiB": {"server": memory.over_time(0), "engine": memory.over_time(1)},
+        "growth of the server's Python objects": round(more_objects, 4),
         "held before": before,
         "held after": after,
     }
@@ -191,6 +201,11 @@ async def _soak(
     )
     findings.promise(
         f"{name}: no task, thread or file is left", before == after, f"{before} before, {after} after"
+    )
+    findings.promise(
+        f"{name}: the server has less than 1% more Python objects",
+        more_objects < 0.01,
+        f"{more_objects:+.2%}",
     )
     findings.promise(
         f"{name}: the same tokens in quiet", different == 0, f"{different} of {len(repeated)} differ"
