@@ -61,7 +61,8 @@ class Life:
     slowest_prefill_tokens: int = 0
     """Tokens of others' prompts in that step."""
     ending: Ending | None = None
-    _num_computed: int = 0
+    _computed: range = range(0)
+    """Positions that went through the model. Others may have been in the prefix cache."""
 
     @property
     def request_id(self) -> str:
@@ -84,8 +85,9 @@ class Life:
 
     def compute(self, start: int, num_tokens: int) -> None:
         """So many tokens from that position on went through the model."""
-        self.num_recomputed_tokens += max(0, min(start + num_tokens, self._num_computed) - start)
-        self._num_computed = max(self._num_computed, start + num_tokens)
+        end, before = start + num_tokens, self._computed
+        self.num_recomputed_tokens += max(0, min(end, before.stop) - max(start, before.start))
+        self._computed = range(min(start, before.start), max(end, before.stop)) if before else range(start, end)
 
     def take_token(self, record: StepRecord) -> None:
         """It got one from that step."""
