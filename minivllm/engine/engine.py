@@ -50,6 +50,7 @@ class Engine:
         eos_token_ids: ids that end a turn.
         grammars: what requests with a grammar need; None where none may have one.
         clock: seconds, above 0, for the requests' metrics; a simulation has one of its own.
+        block_manager: an experiment's own, of ``num_blocks`` blocks, instead of the one that config names.
     """
 
     def __init__(
@@ -63,13 +64,16 @@ class Engine:
         eos_token_ids: frozenset[int],
         grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
+        block_manager: BlockManager | None = None,
     ) -> None:
         self.clock = clock
         self.info = info
         self.grammars = grammars
         self.runner = runner
         self.block_manager: BlockManager
-        if config.kv_allocation == "paged":
+        if block_manager is not None:
+            self.block_manager = block_manager
+        elif config.kv_allocation == "paged":
             self.block_manager = PagedBlockManager(num_blocks, use_prefix_cache=config.use_prefix_cache)
         else:
             self.block_manager = ContiguousBlockManager(num_blocks, max_model_len=info.max_model_len)

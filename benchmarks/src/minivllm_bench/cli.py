@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "memory": ("minivllm_bench.memory", "how much of the KV memory holds tokens, for each allocation"),
+}
 
 
 def main(argv: list[str]) -> int:
