@@ -228,22 +228,14 @@ class PagedBlockManager(BlockManager):
         self._release(request)
 
     def usage(self) -> BlockUsage:
-        held = reserved = internal = 0
-        shared: set[int] = set()
-        for request in self._live.values():
-            own_held, own_reserved, own_internal = self.allocated_slots(request)
-            # A block that several requests share is always full: count it once.
-            for block in request.block_table:
-                if self._ref_counts[block] > 1:
-                    if block in shared:
-                        own_held -= BLOCK_SIZE
-                    shared.add(block)
-            held, reserved, internal = held + own_held, reserved + own_reserved, internal + own_internal
+        slots = [self.allocated_slots(request) for request in self._live.values()]
+        # A block that several requests share is always full: count it once.
+        num_counted_again = sum(count - 1 for count in self._ref_counts if count > 1)
         return BlockUsage(
             total=self.num_blocks * BLOCK_SIZE,
-            held=held,
-            reserved=reserved,
-            internal_waste=internal,
+            held=sum(held for held, _, _ in slots) - num_counted_again * BLOCK_SIZE,
+            reserved=sum(reserved for _, reserved, _ in slots),
+            internal_waste=sum(internal for _, _, internal in slots),
             external_waste=0,  # any free block serves any request
             free=self.num_free_blocks * BLOCK_SIZE,
         )

@@ -1,9 +1,10 @@
-"""The block map: what each slot of the KV pool is at one moment, in order of physical address, as a picture."""
+"""The block map: what each slot of the KV pool is at one moment, by physical address, as a picture."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minivllm.config import BLOCK_SIZE
 from minivllm.engine.block_manager import BlockManager
@@ -12,8 +13,11 @@ from minivllm.request import Request
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import PathPatch
 
 BLOCKS_PER_ROW = 128  # 2,048 tokens: where each sequence gets so many, a row is a sequence
+MAX_ROWS = 24
+_ROW_SLOTS = BLOCKS_PER_ROW * BLOCK_SIZE
 
 KINDS = ("tokens", "reserved", "internal", "external", "free")
 LABELS = {
@@ -32,7 +36,7 @@ COLOURS = {
     "free": "#e9e9e9",
 }
 _OTHER_TOKENS = "#3f86c4"  # every second sequence's
-_MARK = "#000000"
+_FRAME = "black"
 
 
 class Span(NamedTuple):
@@ -72,8 +76,8 @@ class BlockMap(NamedTuple):
         by_block: dict[int, list[Span]] = {}
         for number, request in enumerate(running):
             pieces = _pieces(manager, request, number)
-            for block, spans in zip(request.block_table, pieces, strict=True):
-                by_block.setdefault(block, spans)
+            for block, piece in zip(request.block_table, pieces, strict=True):
+                by_block.setdefault(block, piece)
         stranded = set(manager.stranded_blocks())
         spans: list[Span] = []
         for block in range(manager.num_blocks):
@@ -106,74 +110,96 @@ def _pieces(manager: BlockManager, request: Request, number: int) -> Iterator[li
 def draw(maps: Mapping[str, BlockMap]) -> Figure:
     """One panel for each allocation, one cell for each block, :data:`BLOCKS_PER_ROW` in a row.
 
-    Every second sequence's tokens are lighter. The sequence with most tokens has a black frame.
+    Every second sequence's tokens are lighter. The sequence with most tokens has a black frame. Of a pool of
+    more than :data:`MAX_ROWS` rows, only so many are drawn.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    rows = [-(-found.num_blocks // BLOCKS_PER_ROW) for found in maps.values()]
-    row_height, between, legend = 0.17, 0.42, 0.55  # inches
-    height = sum(rows) * row_height + len(maps) * between + legend
+    num_rows = min(MAX_ROWS, max(-(-found.num_blocks // BLOCKS_PER_ROW) for found in maps.values()))
+    panel, between, legend = num_rows * 0.17, 0.42, 0.75  # inches
+    height = len(maps) * (panel + between) + legend
     figure = Figure(figsize=(10, height))
-    top = height
-    for (name, found), num_rows in zip(maps.items(), rows, strict=True):
-        top -= between + num_rows * row_height
-        axes = figure.add_axes((0.015, top / height, 0.97, num_rows * row_height / height))
+    for index, (name, found) in enumerate(maps.items()):
+        bottom = height - (index + 1) * (panel + between)
+        axes = figure.add_axes((0.015, bottom / height, 0.97, panel / height))
         _draw_map(axes, found, num_rows)
         share = found.count("tokens") / (found.num_blocks * BLOCK_SIZE)
-        axes.set_title(
-            f"{name}: {found.num_sequences} sequences, {share:.1%} of the slots hold a token",
-            loc="left",
-            fontsize=10,
-            pad=4,
-        )
+        title = f"{name}: {found.num_sequences} sequences, {share:.1%} of the slots hold a token"
+        if found.num_blocks > num_rows * BLOCKS_PER_ROW:
+            title += f" (drawn: the first {num_rows * BLOCKS_PER_ROW} of {found.num_blocks} blocks)"
+        axes.set_title(title, loc="left", fontsize=10, pad=4)
     handles = [Patch(facecolor=COLOURS[kind], label=LABELS[kind]) for kind in KINDS]
     handles.insert(1, Patch(facecolor=_OTHER_TOKENS, label="…of every second sequence"))
-    handles.append(Patch(facecolor="white", edgecolor=_MARK, label="the longest sequence"))
+    handles.append(Patch(facecolor="white", edgecolor=_FRAME, label="the longest sequence"))
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.text(
+        0.5,
+        0.38 / height,
+        f"A cell is a block of {BLOCK_SIZE} tokens, a row {BLOCKS_PER_ROW} blocks, by physical address.",
+        ha="center",
+        fontsize=8,
+    )
     return figure
 
 
 def _draw_map(axes: Axes, found: BlockMap, num_rows: int) -> None:
-    row_slots = BLOCKS_PER_ROW * BLOCK_SIZE
-    frames: list[tuple[int, int, int]] = []  # row, first and last slot in it
+    by_colour: dict[str, list[Piece]] = {}
+    frames: list[Piece] = []
     for span in found.spans:
         colour = COLOURS[span.kind]
         if span.kind == "tokens" and span.sequence is not None and span.sequence % 2:
             colour = _OTHER_TOKENS
-        for row, start, end in _by_rows(span, row_slots):
-            axes.broken_barh([(start, end - start)], (row + 0.08, 0.84), color=colour, linewidth=0)
-            if span.sequence == found.longest and span.kind != "free":
-                frames.append((row, start, end))
-    last_row = num_rows - 1
-    for edge in range(BLOCK_SIZE, row_slots, BLOCK_SIZE):
-        is_in_last_row = last_row * row_slots + edge < found.num_blocks * BLOCK_SIZE
-        axes.vlines(edge, 0, num_rows if is_in_last_row else last_row, colors="white", linewidth=0.5)
-    for row, start, end in _joined(frames):
-        axes.broken_barh(
-            [(start, end - start)], (row + 0.08, 0.84), facecolor="none", edgecolor=_MARK, linewidth=1.1
-        )
-    axes.set_xlim(0, row_slots)
+        pieces = [piece for piece in _by_rows(span) if piece.row < num_rows]
+        by_colour.setdefault(colour, []).extend(pieces)
+        if span.sequence == found.longest:
+            frames += pieces
+    for colour, pieces in by_colour.items():
+        axes.add_patch(_rectangles(pieces, facecolor=colour, linewidth=0))
+    edges = [(edge, edge, math.nan) for edge in range(0, _ROW_SLOTS, BLOCK_SIZE)]
+    axes.plot([x for edge in edges for x in edge], [0, num_rows, math.nan] * len(edges), "w-", linewidth=0.5)
+    axes.add_patch(_rectangles(_joined(frames), facecolor="none", edgecolor=_FRAME, linewidth=1.1))
+    axes.set_xlim(0, _ROW_SLOTS)
     axes.set_ylim(num_rows, 0)
     axes.set_axis_off()
 
 
-def _by_rows(span: Span, row_slots: int) -> Iterator[tuple[int, int, int]]:
-    """A span as (row, first slot in it, last slot in it)."""
+class Piece(NamedTuple):
+    """Slots ``start`` to ``end`` of one row of the picture."""
+
+    row: int
+    start: int
+    end: int
+
+
+def _rectangles(pieces: list[Piece], **style: Any) -> PathPatch:
+    """All as one shape, which makes the file a tenth as long as one shape each."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    corners = []
+    for row, start, end in pieces:
+        top, bottom = row + 0.08, row + 0.92
+        corners += [(start, top), (end, top), (end, bottom), (start, bottom), (start, top)]
+    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(pieces)
+    return PathPatch(Path(corners or [(0, 0)], codes or [Path.MOVETO]), **style)
+
+
+def _by_rows(span: Span) -> Iterator[Piece]:
     position, end = span.start, span.start + span.num_slots
     while position < end:
-        row = position // row_slots
-        stop = min(end, (row + 1) * row_slots)
-        yield row, position - row * row_slots, stop - row * row_slots
+        row, start = divmod(position, _ROW_SLOTS)
+        stop = min(end, (row + 1) * _ROW_SLOTS)
+        yield Piece(row, start, start + stop - position)
         position = stop
 
 
-def _joined(pieces: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Pieces of rows, in order, with those that touch made one."""
-    joined: list[tuple[int, int, int]] = []
-    for row, start, end in pieces:
-        if joined and joined[-1][0] == row and joined[-1][2] == start:
-            joined[-1] = row, joined[-1][1], end
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """Pieces in order, with those that touch made one."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and joined[-1].row == piece.row and joined[-1].end == piece.start:
+            joined[-1] = joined[-1]._replace(end=piece.end)
         else:
-            joined.append((row, start, end))
+            joined.append(piece)
     return joined

@@ -14,7 +14,7 @@ def next_power_of_two(number: int) -> int:
 
 
 class BuddyAllocator:
-    """Hands out chunks of units from 0 to ``num_units - 1``: the smallest that will do, the lowest of those."""
+    """Hands out chunks of units from 0 to ``num_units - 1``: the lowest of the smallest that will do."""
 
     def __init__(self, num_units: int) -> None:
         self._free: list[set[int]] = [set() for _ in range(num_units.bit_length())]
@@ -41,7 +41,7 @@ class BuddyAllocator:
         return range(start, start + (1 << order))
 
     def free(self, start: int) -> None:
-        """Take back the chunk that begins at ``start``, and join it with its buddy as often as that is free."""
+        """Take back the chunk that begins at ``start``; join it with its buddy as long as that is free."""
         order = self._order_of.pop(start)
         while start ^ (1 << order) in self._free[order]:
             self._free[order].remove(start ^ (1 << order))

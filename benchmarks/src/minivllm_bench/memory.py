@@ -124,23 +124,19 @@ def main(argv: list[str]) -> int:
 
 def table(figures: Mapping[str, MemoryFigures]) -> list[str]:
     """The figures for a terminal, the paper's in the lines below."""
-    titles = ["tokens", "reserved", "lost inside", "outside", "free", "sequences", "preemptions"]
-    lines = [
-        f"{'of the whole KV memory:':<24}" + "".join(f"{title:>12}" for title in titles),
-    ]
+    titles = ["tokens", "reserved", "lost inside", "lost outside", "free", "sequences", "preemptions"]
+    rows = [("of the whole KV memory:", titles)]
     for name, found in figures.items():
-        cells = [f"{found.shares[kind]:.1%}" for kind in KINDS]
-        cells += [f"{found.sequences:.2f}", str(found.preemptions)]
-        lines.append(f"{name:<24}" + "".join(f"{cell:>12}" for cell in cells))
+        shares = [f"{found.shares[kind]:.1%}" for kind in KINDS]
+        rows.append((name, [*shares, f"{found.sequences:.2f}", str(found.preemptions)]))
         if name in PUBLISHED:
-            parts = PUBLISHED[name]
-            cells = [f"{parts[kind]:.1%}" if kind in parts else "" for kind in KINDS]
-            cells.append(f"{PUBLISHED_SEQUENCES[name]:.2f}")
-            lines.append(f"{'  published':<24}" + "".join(f"{cell:>12}" for cell in cells))
+            shares = [f"{PUBLISHED[name][kind]:.1%}" if kind in PUBLISHED[name] else "" for kind in KINDS]
+            rows.append(("  published", [*shares, f"{PUBLISHED_SEQUENCES[name]:.2f}"]))
+    lines = [f"{name:<24}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows]
     lines.append("of the memory that sequences have been given, without a token:")
-    lines += [f"  {name:<22}{found.allocated_without_token:>12.1%}" for name, found in figures.items()]
+    lines += [f"  {name:<22}{found.allocated_without_token:>13.1%}" for name, found in figures.items()]
     lines += [
-        f"{name}: requests waited for memory in {found.waiting:.0%} of the steps only: more --users would load it"
+        f"{name}: requests waited for memory in only {found.waiting:.0%} of the steps; give more --users"
         for name, found in figures.items()
         if found.waiting < 0.99
     ]
@@ -168,10 +164,17 @@ def write(folder: Path, config: MemoryConfig, figures: Mapping[str, MemoryFigure
         "published": {"shares_of_kv_memory": PUBLISHED, "sequences": PUBLISHED_SEQUENCES},
     }
     (folder / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
-    bars = memory_bars.draw({name: found.shares for name, found in figures.items()})
+    bars = memory_bars.draw(
+        {name: found.shares for name, found in figures.items()},
+        {name: found.sequences for name, found in figures.items()},
+    )
     maps = block_map.draw({name: found.block_map for name, found in figures.items()})
-    for name, figure in (("memory.svg", bars), ("block_map.svg", maps)):
-        figure.savefig(folder / name)
+    import matplotlib
+
+    # The same figures make the same file; text stays text.
+    with matplotlib.rc_context({"svg.hashsalt": "minivllm", "svg.fonttype": "none"}):
+        for name, figure in (("memory.svg", bars), ("block_map.svg", maps)):
+            figure.savefig(folder / name, metadata={"Date": None})
 
 
 def _make_folder(path: str) -> Path:

@@ -23,38 +23,38 @@ PUBLISHED: dict[str, dict[str, float]] = {
 PUBLISHED_SEQUENCES = {"paged": 30.42, "orca-max": 7.00, "orca-pow2": 9.81, "orca-oracle": 13.62}
 """Figure 13a: requests batched on average, OPT-13B, ShareGPT, 2 requests per second."""
 
+_QUIET = "#555555"
 
-def draw(shares: Mapping[str, Mapping[str, float]]) -> Figure:
+
+def draw(shares: Mapping[str, Mapping[str, float]], sequences: Mapping[str, float]) -> Figure:
     """A bar for each allocation, and a thinner one below it for the paper's.
 
     Args:
         shares: by allocation and kind, of the whole KV memory.
+        sequences: by allocation, how many are served at once on average.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(10, 0.5 + 0.82 * len(shares)), layout="constrained")
+    figure = Figure(figsize=(10, 0.7 + 0.8 * len(shares)), layout="constrained")
     axes = figure.add_subplot()
+    axes.text(1.012, -0.42, "at once", fontsize=8, color=_QUIET)
     for row, (name, parts) in enumerate(shares.items()):
         _bar(axes, row, parts, height=0.46, font_size=9)
+        axes.text(1.012, row, f"{sequences[name]:.1f}", va="center", fontsize=9)
         if name in PUBLISHED:
-            _bar(axes, row + 0.36, PUBLISHED[name], height=0.22, font_size=7)
-            axes.annotate(
-                "published ",
-                (0, row + 0.36),
-                ha="right",
-                va="center",
-                fontsize=7,
-                color="#555555",
-                annotation_clip=False,
-            )
+            below = row + 0.36
+            _bar(axes, below, PUBLISHED[name], height=0.22, font_size=7)
+            axes.text(-0.004, below, "published", ha="right", va="center", fontsize=7, color=_QUIET)
+            text = f"{PUBLISHED_SEQUENCES[name]:.1f}"
+            axes.text(1.012, below, text, va="center", fontsize=7, color=_QUIET)
     axes.set_yticks(range(len(shares)), list(shares), fontsize=10)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(shares) - 0.4, -0.35)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("share of the whole KV memory")
+    axes.set_xlabel("share of the whole KV memory; at once: sequences, on average")
     axes.spines[["top", "right", "left"]].set_visible(False)
     handles = [Patch(facecolor=COLOURS[kind], label=LABELS[kind]) for kind in KINDS]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9, frameon=False)
@@ -67,14 +67,7 @@ def _bar(axes: Axes, y: float, parts: Mapping[str, float], *, height: float, fon
         share = parts.get(kind, 0.0)
         axes.barh(y, share, height, left=left, color=COLOURS[kind], edgecolor="white", linewidth=0.5)
         if share >= 0.03:
-            is_dark = kind in ("tokens", "external")
-            axes.text(
-                left + share / 2,
-                y,
-                f"{share:.1%}",
-                ha="center",
-                va="center",
-                fontsize=font_size,
-                color="white" if is_dark else "black",
-            )
+            colour = "white" if kind in ("tokens", "external") else "black"
+            middle = left + share / 2
+            axes.text(middle, y, f"{share:.1%}", ha="center", va="center", fontsize=font_size, color=colour)
         left += share

@@ -14,9 +14,9 @@ external waste
     The allocator lost it, which is known before the sequence runs: what its chunk has beyond what was asked
     for, and free chunks that are too short for the next in line. Figure 2 adds "& others".
 
-What differs from the paper: chunks are of whole 16-token blocks, because block tables and kernels are those of
-the other allocations (the paper doesn't say what its unit is), and a reservation never goes beyond the longest
-sequence that the model takes, even where doubling would.
+What differs from the paper: chunks are of whole 16-token blocks, because block tables and kernels are those
+of the other allocations (the paper doesn't say what its unit is). And a reservation never goes beyond the
+longest sequence that the model takes, even where doubling would (the paper doesn't say).
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ RESERVATIONS: dict[str, Callable[[int], Reservation]] = {
 class ReservingBlockManager(BlockManager):
     """One run of a buddy allocator's blocks for each sequence, reserved at admission.
 
-    A request's ``max_total_tokens`` has to be the length it ends with: the oracle knows it, the power of two is
-    rounded up from it, and ``usage`` tells by it what was reserved in vain.
+    A request's ``max_total_tokens`` has to be the length it ends with: the oracle knows it, the power of two
+    is rounded up from it, and ``usage`` tells by it what was reserved in vain.
 
     Args:
         num_blocks: of the pool.
