@@ -6,6 +6,7 @@ import json
 import random
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from minivllm import cli
 from minivllm_bench.block_map import KINDS
-from minivllm_bench.memory import MemoryConfig, table
+from minivllm_bench.memory import MemoryConfig, rows, write
 from minivllm_bench.memory_bars import PUBLISHED, PUBLISHED_SEQUENCES
 from minivllm_bench.memory_trace import ALLOCATIONS, MemoryFigures, measure
 from minivllm_bench.workloads import WORKLOADS
@@ -101,7 +102,9 @@ def test_a_light_load_is_told_from_a_heavy_one() -> None:
     assert found.waiting == 0.0
     assert found.shares["free"] > 0.8
     assert found.sequences == pytest.approx(2.0)
-    assert "more --users" in table({"paged": found})[-1]
+    assert "give more --users" in rows("paged", found, with_published=False)[-1]
+    heavy = rows("paged", replace(found, waiting=1.0), with_published=False)
+    assert "give more --users" not in "".join(heavy)
 
 
 # Two sequences of the longest: 256 blocks of 16 tokens of 1 KiB.
@@ -114,8 +117,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert cli.main(["bench", "memory", *SMALL, "--output", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "256 blocks of 16 tokens = 4096 tokens" in out
-    assert out.count("published") == 2 * 4
+    assert "published" not in out, "this is another pool than the paper's"
     report = json.loads((folders[0] / "memory.json").read_text())
+    assert "published" not in report
     assert list(report["allocations"]) == list(ALLOCATIONS)
     for found in report["allocations"].values():
         shares = found["shares_of_kv_memory"]
@@ -130,6 +134,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for name in ("memory.json", "memory.svg", "block_map.svg"):
         files = [folder / name for folder in folders]
         assert files[0].read_bytes() == files[1].read_bytes(), "the same seed makes the same files"
+
+
+def test_the_papers_figures_stand_beside_those_of_its_pool(
+    figures: dict[str, MemoryFigures], tmp_path: Path
+) -> None:
+    write(tmp_path, MemoryConfig(), figures)
+    report = json.loads((tmp_path / "memory.json").read_text())
+    assert report["published"]["shares_of_kv_memory"]["paged"] == {"tokens": 0.963}
+    assert report["published"]["sequences"]["orca-pow2"] == 9.81
+    picture = (tmp_path / "memory.svg").read_text()
+    assert picture.count(">published<") == 4
+    for name in ("paged", *ORCAS):
+        assert f"{PUBLISHED[name]['tokens']:.1%}" in picture
+        line, published = rows(name, figures[name], with_published=True)
+        assert f"{figures[name].shares['tokens']:.1%}" in line
+        assert f"{PUBLISHED[name]['tokens']:.1%}" in published
 
 
 def test_sessions_of_several_turns(capsys: pytest.CaptureFixture[str]) -> None:

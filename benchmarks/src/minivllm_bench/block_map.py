@@ -158,7 +158,7 @@ def _draw_map(axes: Axes, found: BlockMap, num_rows: int) -> None:
         axes.add_patch(_rectangles(pieces, facecolor=colour, linewidth=0))
     edges = [(edge, edge, math.nan) for edge in range(0, _ROW_SLOTS, BLOCK_SIZE)]
     axes.plot([x for edge in edges for x in edge], [0, num_rows, math.nan] * len(edges), "w-", linewidth=0.5)
-    axes.add_patch(_rectangles(_joined(frames), facecolor="none", edgecolor=_FRAME, linewidth=1.1))
+    axes.add_patch(_rectangles(_joined(frames), facecolor="none", edgecolor=_FRAME, linewidth=1.1, zorder=3))
     axes.set_xlim(0, _ROW_SLOTS)
     axes.set_ylim(num_rows, 0)
     axes.set_axis_off()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -67,6 +67,11 @@ class MemoryConfig:
         """Blocks of the pool."""
         return self.kv_memory // (self.token_memory * BLOCK_SIZE)
 
+    @property
+    def is_the_papers(self) -> bool:
+        """Whether it is what the paper's figures are of, so that they compare."""
+        return (self.workload, self.num_blocks, self.max_model_len) == ("sharegpt", 983, 2048)
+
     def sessions(self) -> list[Session]:
         """The workload, up to the session with which there are enough requests."""
         sessions = list(_up_to(WORKLOADS[self.workload](random.Random(self.seed)), self.requests))
@@ -106,15 +111,19 @@ def main(argv: list[str]) -> int:
     )
     start = time.monotonic()
     figures: dict[str, MemoryFigures] = {}
+    titles = ["tokens", "reserved", "lost inside", "lost outside", "free", "sequences", "preemptions"]
+    print(_row("of the whole KV memory:", titles), flush=True)
     for name, make_block_manager in ALLOCATIONS.items():
-        figures[name] = measure(
+        found = figures[name] = measure(
             make_block_manager,
             sessions,
             users=config.users,
             num_blocks=config.num_blocks,
             max_model_len=config.max_model_len,
         )
-    print("\n".join(table(figures)))
+        print("\n".join(rows(name, found, with_published=config.is_the_papers)), flush=True)
+    print("of the memory that sequences have been given, without a token:")
+    print("\n".join(_row(name, [f"{found.allocated_without_token:.1%}"]) for name, found in figures.items()))
     print(f"{time.monotonic() - start:.1f} s")
     if folder is not None:
         write(folder, config, figures)
@@ -122,25 +131,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def table(figures: Mapping[str, MemoryFigures]) -> list[str]:
-    """The figures for a terminal, the paper's in the lines below."""
-    titles = ["tokens", "reserved", "lost inside", "lost outside", "free", "sequences", "preemptions"]
-    rows = [("of the whole KV memory:", titles)]
-    for name, found in figures.items():
-        shares = [f"{found.shares[kind]:.1%}" for kind in KINDS]
-        rows.append((name, [*shares, f"{found.sequences:.2f}", str(found.preemptions)]))
-        if name in PUBLISHED:
-            shares = [f"{PUBLISHED[name][kind]:.1%}" if kind in PUBLISHED[name] else "" for kind in KINDS]
-            rows.append(("  published", [*shares, f"{PUBLISHED_SEQUENCES[name]:.2f}"]))
-    lines = [f"{name:<24}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows]
-    lines.append("of the memory that sequences have been given, without a token:")
-    lines += [f"  {name:<22}{found.allocated_without_token:>13.1%}" for name, found in figures.items()]
-    lines += [
-        f"{name}: requests waited for memory in only {found.waiting:.0%} of the steps; give more --users"
-        for name, found in figures.items()
-        if found.waiting < 0.99
-    ]
+def rows(name: str, found: MemoryFigures, *, with_published: bool) -> list[str]:
+    """An allocation's line, the paper's if wanted, and a note where memory wasn't the limit."""
+    shares = [f"{found.shares[kind]:.1%}" for kind in KINDS]
+    lines = [_row(name, [*shares, f"{found.sequences:.2f}", str(found.preemptions)])]
+    if with_published and name in PUBLISHED:
+        shares = [f"{PUBLISHED[name][kind]:.1%}" if kind in PUBLISHED[name] else "" for kind in KINDS]
+        lines.append(_row("  published", [*shares, f"{PUBLISHED_SEQUENCES[name]:.2f}"]))
+    if found.waiting < 0.99:
+        lines.append(
+            f"  requests waited for memory in only {found.waiting:.0%} of the steps; give more --users"
+        )
     return lines
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f"{name:<24}" + "".join(f"{cell:>13}" for cell in cells)
 
 
 def write(folder: Path, config: MemoryConfig, figures: Mapping[str, MemoryFigures]) -> None:
@@ -161,12 +167,14 @@ def write(folder: Path, config: MemoryConfig, figures: Mapping[str, MemoryFigure
             }
             for name, found in figures.items()
         },
-        "published": {"shares_of_kv_memory": PUBLISHED, "sequences": PUBLISHED_SEQUENCES},
     }
+    if config.is_the_papers:
+        report["published"] = {"shares_of_kv_memory": PUBLISHED, "sequences": PUBLISHED_SEQUENCES}
     (folder / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
     bars = memory_bars.draw(
         {name: found.shares for name, found in figures.items()},
         {name: found.sequences for name, found in figures.items()},
+        with_published=config.is_the_papers,
     )
     maps = block_map.draw({name: found.block_map for name, found in figures.items()})
     import matplotlib

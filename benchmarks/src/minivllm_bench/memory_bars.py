@@ -26,8 +26,10 @@ PUBLISHED_SEQUENCES = {"paged": 30.42, "orca-max": 7.00, "orca-pow2": 9.81, "orc
 _QUIET = "#555555"
 
 
-def draw(shares: Mapping[str, Mapping[str, float]], sequences: Mapping[str, float]) -> Figure:
-    """A bar for each allocation, and a thinner one below it for the paper's.
+def draw(
+    shares: Mapping[str, Mapping[str, float]], sequences: Mapping[str, float], *, with_published: bool
+) -> Figure:
+    """A bar for each allocation, and below it, if wanted, a thinner one for the paper's.
 
     Args:
         shares: by allocation and kind, of the whole KV memory.
@@ -43,7 +45,7 @@ def draw(shares: Mapping[str, Mapping[str, float]], sequences: Mapping[str, floa
     for row, (name, parts) in enumerate(shares.items()):
         _bar(axes, row, parts, height=0.46, font_size=9)
         axes.text(1.012, row, f"{sequences[name]:.1f}", va="center", fontsize=9)
-        if name in PUBLISHED:
+        if with_published and name in PUBLISHED:
             below = row + 0.36
             _bar(axes, below, PUBLISHED[name], height=0.22, font_size=7)
             axes.text(-0.004, below, "published", ha="right", va="center", fontsize=7, color=_QUIET)
