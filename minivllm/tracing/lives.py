@@ -87,7 +87,9 @@ class Life:
         """So many tokens from that position on went through the model."""
         end, before = start + num_tokens, self._computed
         self.num_recomputed_tokens += max(0, min(end, before.stop) - max(start, before.start))
-        self._computed = range(min(start, before.start), max(end, before.stop)) if before else range(start, end)
+        self._computed = (
+            range(min(start, before.start), max(end, before.stop)) if before else range(start, end)
+        )
 
     def take_token(self, record: StepRecord) -> None:
         """It got one from that step."""
