@@ -269,6 +269,17 @@ def check_chrome_events(events: list[dict[str, Any]]) -> None:
             open_ends.append(end)
 
 
+def admissions(records: list[StepRecord]) -> list[tuple[str, int]]:
+    """Who began to run, and when, in microseconds of the trace."""
+    ended: set[str] = set()
+    begun = []
+    for record in records:
+        now = round((record.schedule_time - 1.0) * 1e6)
+        begun += [(item.request_id, now) for item in record.admitted if item.request_id not in ended]
+        ended |= {item.request_id for item in record.ended}
+    return begun
+
+
 @settings(deadline=None, max_examples=100)
 @given(**LOADS)
 def test_what_is_written_is_valid_and_comes_back(
@@ -283,7 +294,10 @@ def test_what_is_written_is_valid_and_comes_back(
     writer = ClockedWriter(path, runs_ahead=runs_ahead)
     story = random_story(setup, num_jobs, seed, failing_steps, runs_ahead, writer)
     writer.close()
-    check_chrome_events(events_in(path))
+    events = events_in(path)
+    check_chrome_events(events)
+    begun = Counter((item["name"], item["ts"]) for item in events if item["ph"] == "B" and "args" in item)
+    assert begun == Counter(admissions(story.records))
     reader = TraceReader(str(path))
     assert (reader.header["model"], reader.header["flags"]) == ("fake", {"seed": 3})
     back = list(reader)
