@@ -107,8 +107,13 @@ def begin(
     """An engine whose records go to the story and to ``sinks``."""
     clock = clock or Clock()
     records: list[StepRecord] = []
+
+    def sink(record: StepRecord) -> None:
+        assert record.end_time > 0.0, "a step is told before it is over"
+        records.append(record)
+
     runner = TimedRunner(clock, failing_steps, runs_ahead=runs_ahead)
-    engine = setup.engine(runner, clock=clock, sinks=(records.append, *sinks))
+    engine = setup.engine(runner, clock=clock, sinks=(sink, *sinks))
     return Story(engine, runner, clock, records)
 
 
