@@ -13,7 +13,7 @@
     │   └── SlowRequestError                       408  the request itself came too slowly
     ├── EngineDeadError                            500  the engine process is gone
     ├── RequestFailedError                         500  this request's step raised
-    ├── MessageError                               500  server and engine process don't understand each other
+    ├── MessageError                                -   server and engine process don't understand each other
     ├── EngineRestartingError                      503  a new engine process is being started
     ├── OverloadedError                            503  over --max-waiting-requests or --max-waiting-tokens
     ├── RateLimitError                             429  over --key-tokens-per-minute
