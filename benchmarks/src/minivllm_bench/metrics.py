@@ -70,7 +70,7 @@ def summarise(records: Sequence[RequestRecord], seconds: float, goals: Goals | N
     complete = [record for record in records if record.is_complete]
     failed = [record for record in records if record.error is not None]
     alive = [record for record in records if record.error is None]
-    output = math.fsum(_output_tokens_until(record, seconds) for record in records)
+    output = math.fsum(output_tokens_until(record, seconds) for record in records)
     prompts = sum(record.prompt_tokens for record in alive if record.chunk_times)
     return {
         "seconds": seconds,
@@ -94,8 +94,8 @@ def summarise(records: Sequence[RequestRecord], seconds: float, goals: Goals | N
     }
 
 
-def _output_tokens_until(record: RequestRecord, seconds: float) -> float:
-    """Tokens that had arrived by then; where chunks have several, each counts for its share."""
+def output_tokens_until(record: RequestRecord, seconds: float) -> float:
+    """Tokens that had arrived by then, in seconds since the run began; of chunks with several, each has a share."""
     if not record.chunk_times:
         return 0.0
     in_time = sum(time <= seconds for time in record.chunk_times)
