@@ -143,7 +143,9 @@ class Client:
         if record.error is not None:
             hint = ""
             if record.status in (400, 422):
-                hint = "; a field that the server doesn't take is left out by --extra-body '{\"FIELD\": null}'"
+                hint = (
+                    "; a field that the server doesn't take is left out by --extra-body '{\"FIELD\": null}'"
+                )
             raise UnreachableError(f"{shown(self._route)}: {record.error}{hint}")
 
     async def ask(
