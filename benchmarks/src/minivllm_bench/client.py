@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -89,7 +90,7 @@ class Client:
         self.model = model
         self._is_chat = endpoint == "chat"
         self._route = f"{self.base_url}/{'chat/completions' if self._is_chat else 'completions'}"
-        self._headers = {"Content-Type": "application/json"}
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._temperature = temperature
@@ -103,10 +104,8 @@ class Client:
         self._http = aiohttp.ClientSession(
             connector=connector,
             headers=self._headers,
-            timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=None),
+            timeout=aiohttp.ClientTimeout(total=self._timeout),
             trust_env=False,
-            auto_decompress=False,
-            skip_auto_headers=("Accept-Encoding",),
         )
         return self
 
@@ -141,12 +140,9 @@ class Client:
         record = RequestRecord(0, 0, loop.time(), conversation.prompt_tokens)
         await self.ask(conversation, 2, record, loop.time)
         if record.error is not None:
-            hint = ""
-            if record.status in (400, 422):
-                hint = (
-                    "; a field that the server doesn't take is left out by --extra-body '{\"FIELD\": null}'"
-                )
-            raise UnreachableError(f"{shown(self._route)}: {record.error}{hint}")
+            is_refused = record.status in (400, 422)
+            hint = "; --extra-body '{\"FIELD\": null}' leaves out a field that the server doesn't take"
+            raise UnreachableError(f"{shown(self._route)}: {record.error}{hint if is_refused else ''}")
 
     async def ask(
         self, conversation: Conversation, num_tokens: int, record: RequestRecord, clock: Clock
@@ -163,7 +159,10 @@ class Client:
                 if response.status != 200:
                     record.error = _refusal(response.status, await response.read())
                 else:
-                    await answer.read(response, clock)
+                    try:
+                        await answer.read(response, clock)
+                    finally:  # also of one that is broken off
+                        answer.count()
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
             record.error = self._failure(error)
             raise UnreachableError(f"{shown(self._route)}: {record.error}") from None
@@ -196,7 +195,9 @@ class Client:
         if isinstance(error, asyncio.TimeoutError):
             return f"no complete answer within {self._timeout:g} s"
         if isinstance(error, aiohttp.ClientConnectorError):
-            return f"can't connect: {error.os_error.strerror or error.os_error}"
+            reason = error.os_error  # asyncio words some of them itself, with the address once more
+            number = reason.errno or 0
+            return f"can't connect: {os.strerror(number) if number > 0 else reason.strerror or reason}"
         return _one_line(f"the connection was lost: {error or type(error).__name__}")
 
 
@@ -231,6 +232,10 @@ class _Answer:
                 if kind == "text/event-stream"
                 else f"no stream of events came back but {kind}"
             )
+
+    def count(self) -> None:
+        """Tokens, as the server has counted them as far as it has come."""
+        record = self._record
         if self._usage is not None:
             record.prompt_tokens = self._usage.prompt_tokens or record.prompt_tokens
             details = self._usage.prompt_tokens_details

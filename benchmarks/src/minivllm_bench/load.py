@@ -31,7 +31,7 @@ class Load:
     num_requests: int | None = option(None, "end when so many requests have been sent and have ended")
     duration: float | None = option(None, "send nothing more after so many seconds")
     drain: float = option(
-        0.0, "seconds that the requests under way get after --duration; what hasn't ended then is broken off"
+        30.0, "seconds that the requests under way get after --duration; what hasn't ended then is broken off"
     )
     seed: int = option(0, "of lengths, words and arrival times: the same seed sends the same requests")
 

@@ -10,7 +10,8 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from minivllm_bench.generator import Ask, Load, LoadGenerator
+from minivllm_bench.generator import Ask, LoadGenerator
+from minivllm_bench.load import Load
 from minivllm_bench.records import RequestRecord
 from minivllm_bench.results import AgentRun, Occupancy, Point
 from minivllm_bench.steady_state import steady_state

@@ -10,7 +10,7 @@ import random
 
 from minivllm_bench.workloads import Session, Turn
 
-WORDS = """
+_TEXT = """
 able about again always and are arm around bad base been begin being below bit boat bread brown build built
 but call came camp can car care case catch center chair check choose city clean clock cloud color column
 come cook cool copy corn cross dark day deal did doctor does dog draw earth east edge egg either else engine
@@ -25,7 +25,8 @@ simple since six size skin sky snow soon sound south speech spot square stand st
 system tail tell term thank the their them then these they thin think those though three tie tone total touch
 track train tree true type under unit until value very voice wait water wave wear west what wheel which while
 white whole why wide will wind with would write wrong yes you young your
-""".split()
+"""
+WORDS = _TEXT.split()
 
 
 class TextSource:
