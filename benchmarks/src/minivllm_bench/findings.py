@@ -1,4 +1,4 @@
-"""What a comparison says: curves, multiples, and the sentence above the report. Nothing that wasn't measured."""
+"""What a comparison says: curves, multiples, and the sentence above the report; only what was measured."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Findings:
         return (point for point in points if point["figures"] is not None)
 
     def curve(self, name: str) -> dict[int, float]:
-        """Output tokens per second of all users together, by users; points with failed requests are left out."""
+        """Output tokens per second of all users together; points with failed requests are left out."""
         return {
             point["users"]: point["figures"]["output_throughput"]
             for point in self.measured(name)
@@ -105,8 +105,8 @@ class Findings:
         assert ours is not None
         assert theirs is not None
         sentence = (
-            f"With {users} user{'s' * (users > 1)} at once, paged memory and continuous batching make {ours:,.0f} "
-            f"tokens a second, the Ollama-style baseline ({self.label(BASELINE)}) {theirs:,.0f}"
+            f"With {users} user{'s' * (users > 1)} at once, paged memory and continuous batching make "
+            f"{ours:,.0f} tokens a second, the Ollama-style baseline ({self.label(BASELINE)}) {theirs:,.0f}"
         )
         if theirs:
             sentence += f": {ours / theirs:.1f} times as many"

@@ -41,8 +41,8 @@ def _growth_per_doubling(curve: Curve, users: int, more: int) -> float:
 def crossing(curve: Curve, other: Curve) -> float | None:
     """The number of users from which ``curve`` stays at least :data:`LEAD` above ``other``.
 
-    Between the last count where it isn't and the next one, the ratio of the two is interpolated: its logarithm
-    is taken to be linear in the logarithm of the users.
+    Between the last count where it isn't and the next one, the ratio of the two is interpolated: its
+    logarithm is taken to be linear in the logarithm of the users.
 
     Returns:
         The least count that both have where it is ahead from there on; None where it isn't at the largest.

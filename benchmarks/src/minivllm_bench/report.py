@@ -38,9 +38,12 @@ def render(comparison: Comparison) -> str:
     findings = Findings(comparison)
     settings = comparison["settings"]
     environment = Environment(
-        loader=PackageLoader("minivllm_bench", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("minivllm_bench", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     return environment.get_template("report.html.jinja").render(
         comparison=comparison,
         settings=settings,

@@ -64,7 +64,8 @@ def sweep(
 ) -> None:
     """Measure a contender, and write each point into it as it is done.
 
-    A failure ends the contender's points; the rest of them say so. What doesn't fit into the time is left out.
+    A failure ends the contender's points; the rest of them say so. What doesn't fit into the time is left
+    out.
 
     Args:
         begin: told each point before it is measured.
