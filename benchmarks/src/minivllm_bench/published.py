@@ -139,7 +139,7 @@ PUBLISHED = (
         "Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, "
         "SOSP 2023, Figure 2",
         "https://arxiv.org/abs/2309.06180",
-        "the experiments of its section 6.2, on A100s; Orca, rebuilt by the authors with three ways to reserve "
+        "the experiments of its section 6.2, on A100s; Orca, rebuilt with three ways to reserve "
         "memory, against vLLM",
         _sequences_at_once,
     ),
