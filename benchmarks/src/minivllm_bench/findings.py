@@ -76,6 +76,16 @@ class Findings:
         """The users from which one stays ahead of the other."""
         return crossing(self.curve(name), self.curve(other))
 
+    def crossing_words(self, name: str, other: str) -> str | None:
+        """From how many users on it is ahead; None where there is nothing to compare."""
+        if not self.curve(name).keys() & self.curve(other).keys():
+            return None
+        ahead = self.crossing(name, other)
+        if ahead is None:
+            return f"ahead of {self.label(other)} at no number of users for good"
+        users = "1 user" if ahead == 1 else f"{ahead:.2g} users"
+        return f"ahead of {self.label(other)} from {users} on"
+
     def occupancy(self, name: str, users: int) -> Occupancy | None:
         """What the server said of its batch and its queue."""
         point = self.point(name, users)
@@ -120,4 +130,4 @@ class Findings:
         best = max(peaks, key=lambda name: peaks[name] or 0.0, default=None)
         if best is None or peaks[best] is None:
             return "Nothing was measured."
-        return f"{self.label(best)} makes {peaks[best]:.0f} tokens per second at its best."
+        return f"{self.label(best)} makes at most {peaks[best]:,.0f} tokens a second, with no baseline beside it."

@@ -26,16 +26,16 @@ def knee(curve: Curve) -> int | None:
     """
     counts = sorted(curve)
     for place, users in enumerate(counts[:-1]):
-        if all(_growth_per_doubling(curve, users, more) < GROWTH for more in counts[place + 1 :]):
+        if not any(_pays(curve, users, more) for more in counts[place + 1 :]):
             return users
     return None
 
 
-def _growth_per_doubling(curve: Curve, users: int, more: int) -> float:
-    if curve[users] <= 0:
-        return math.inf
+def _pays(curve: Curve, users: int, more: int) -> bool:
+    if curve[users] <= 0 or curve[more] <= 0:
+        return curve[more] > curve[users]
     doublings = math.log2(more / users)
-    return float((curve[more] / curve[users]) ** (1 / doublings)) - 1
+    return math.log(curve[more] / curve[users]) >= doublings * math.log(1 + GROWTH)
 
 
 def crossing(curve: Curve, other: Curve) -> float | None:

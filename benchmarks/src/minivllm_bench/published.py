@@ -52,14 +52,8 @@ def _times_at_peak(slots: str) -> Callable[[Findings], str | None]:
 
 
 def _crossing(findings: Findings) -> str | None:
-    parts = []
-    for slots in (ONE_SLOT, FOUR_SLOTS):
-        if not findings.curve(PAGED) or not findings.curve(slots):
-            continue
-        ahead = findings.crossing(PAGED, slots)
-        when = "never for good" if ahead is None else f"from {ahead:.1f} users on"
-        parts.append(f"{findings.label(PAGED)} is ahead of {findings.label(slots)} {when}")
-    return "; ".join(parts) or None
+    words = [findings.crossing_words(PAGED, slots) for slots in (ONE_SLOT, FOUR_SLOTS)]
+    return "; ".join(part for part in words if part is not None) or None
 
 
 def _knees(findings: Findings) -> str | None:
@@ -74,12 +68,14 @@ def _knees(findings: Findings) -> str | None:
 
 
 def _sequences_at_once(findings: Findings) -> str | None:
-    parts = []
-    for name in (PAGED, CONTIGUOUS):
-        runs = [point["occupancy"]["running_max"] for point in findings.measured(name) if point["occupancy"]]
-        if runs:
-            parts.append(f"{findings.label(name)} ran up to {max(runs)} sequences at once")
-    return "; ".join(parts) + ", in the same KV memory" if len(parts) == 2 else None
+    for users in reversed(findings.user_counts):
+        paged, contiguous = findings.occupancy(PAGED, users), findings.occupancy(CONTIGUOUS, users)
+        if paged is not None and contiguous is not None:
+            return (
+                f"of {users} users, paged memory ran {paged['running_mean']:.0f} at once on average, the "
+                f"same memory {contiguous['running_mean']:.0f} where it is contiguous"
+            )
+    return None
 
 
 PUBLISHED = (
