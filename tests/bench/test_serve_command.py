@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from minivllm import cli
+from minivllm_bench.generator import FAILURES_IN_A_ROW
 from minivllm_bench.load import arrival_times
 from minivllm_bench.metrics import Goals, summarise
 from minivllm_bench.records import RequestRecord
+from minivllm_bench.serve import DEFAULT_USERS
 
 from .fake_server import FakeServer, Reply, answer, served, text_event
 
@@ -117,9 +119,14 @@ def test_nothing_secret_is_written(
     server = FakeServer()
     with served(server) as url:
         with_password = url.replace("http://", "http://me:hunter2@")
-        assert bench(with_password, "--api-key", "sk-1", *few) == 0
-        assert server.headers[1]["Authorization"] == "Bearer sk-1"
+        assert bench(with_password, *few) == 0
+        assert server.headers[-1]["Authorization"].startswith("Basic ")
         text = path.read_text() + "".join(capsys.readouterr())
+        assert bench(with_password, "--api-key", "sk-1", *few) == 1
+        text += "".join(capsys.readouterr())
+        assert bench(url, "--api-key", "sk-1", *few) == 0
+        assert server.headers[-1]["Authorization"] == "Bearer sk-1"
+        text += path.read_text() + "".join(capsys.readouterr())
         assert bench(url, "--api-key=sk-2", *few) == 0
         text += path.read_text() + "".join(capsys.readouterr())
         monkeypatch.setenv("OPENAI_API_KEY", "sk-3")
@@ -201,9 +208,10 @@ def test_too_many_failures_end_the_run(
     line = error_line(capsys)
     result = read(path)
     assert result["failure"] in line
-    assert result["summary"]["completed"] == count
-    assert result["summary"]["failed"] == len(result["requests"]) - count > 0
-    assert len(result["requests"]) < 100
+    summary = result["summary"]
+    assert (summary["completed"], summary["requests"]) == (count, len(result["requests"]))
+    least = min(num_requests, FAILURES_IN_A_ROW)  # answers that were under way come in between
+    assert least <= summary["failed"] <= least + DEFAULT_USERS
     assert "CUDA error" in line or "10 requests were sent, and all failed" in line
 
 
