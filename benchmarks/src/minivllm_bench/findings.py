@@ -130,4 +130,4 @@ class Findings:
         best = max(peaks, key=lambda name: peaks[name] or 0.0, default=None)
         if best is None or peaks[best] is None:
             return "Nothing was measured."
-        return f"{self.label(best)} makes at most {peaks[best]:,.0f} tokens a second, with no baseline beside it."
+        return f"{self.label(best)} makes {peaks[best]:,.0f} tokens a second at most; there is no baseline."
