@@ -19,8 +19,6 @@ from minivllm_bench.prompts import Conversation
 from minivllm_bench.records import RequestRecord
 from minivllm_bench.sse import EventParser
 
-ENDPOINTS = ("completions", "chat")
-
 
 class UnreachableError(MinivllmError):
     """No connection to the server can be made, or it doesn't answer as it should."""
