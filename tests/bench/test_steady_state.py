@@ -104,17 +104,25 @@ def test_without_a_new_request_in_the_window_the_first_ones_count() -> None:
 
 
 class Slots:
-    """A server with so many slots, a queue before them, and a token a second for each running request."""
+    """A server with so many slots, a queue before them, and seconds for each token of a running request.
 
-    def __init__(self, slots: int) -> None:
+    A prompt takes seconds, too, in which no other prompt is read.
+    """
+
+    def __init__(self, slots: int, seconds_per_token: float = 1.0, seconds_per_prompt: float = 0.0) -> None:
         self._free = asyncio.Semaphore(slots)
+        self._reads = asyncio.Lock()
+        self._seconds_per_token = seconds_per_token
+        self._seconds_per_prompt = seconds_per_prompt
         self.lengths: list[int] = []
 
     async def ask(self, conversation: Conversation, tokens: int, record: RequestRecord, clock: Clock) -> str:
         self.lengths.append(record.prompt_tokens)
         async with self._free:
+            async with self._reads:
+                await asyncio.sleep(self._seconds_per_prompt)
             for _ in range(tokens):
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(self._seconds_per_token)
                 record.chunk_times.append(clock())
         record.output_tokens = tokens
         record.finished = clock()
@@ -150,6 +158,26 @@ def test_a_point_measures_the_steady_state(slots: int, users: int) -> None:
         assert start == pytest.approx(longest_warm_up(users), abs=0.1)
         assert figures["ttft"]["waiting"] > 0
         assert figures["ttft"]["p99"] is None
+
+
+@pytest.mark.parametrize(
+    ("slots", "users", "seconds_per_token", "opens"),
+    [
+        (64, 50, 0.1, 10.1),  # nobody queues: each user has a first token when all prompts have been read
+        (1, 50, 0.01, 2.0),  # they queue: one answer is done, and at most one under way
+        (64, 128, 10.0, 30.6),  # half of them have begun, and nobody is done: as long as it may take
+    ],
+)
+def test_a_window_opens_when_a_server_is_in_its_stride(
+    slots: int, users: int, seconds_per_token: float, opens: float
+) -> None:
+    async def measure() -> Point:
+        server = Slots(slots, seconds_per_token, seconds_per_prompt=0.2)
+        return await measure_point(server.ask, silent, fixed(10, 180), users=users, seconds=1.0, seed=1)
+
+    figures = run(measure())["figures"]
+    assert figures is not None
+    assert figures["window"][0] == pytest.approx(opens, abs=0.1)
 
 
 def test_health_is_looked_at_during_the_window() -> None:

@@ -25,8 +25,8 @@ Health = Callable[[], Awaitable[dict[str, Any] | None]]
 
 
 def longest_warm_up(users: int) -> float:
-    """Seconds after which a window begins even if users still wait for their first token: they queue."""
-    return 2.0 + 0.1 * users
+    """Seconds after which a window begins in any case."""
+    return 5.0 + 0.2 * users
 
 
 def empty_point(users: int, *, failed: str | None = None, skipped: str | None = None) -> Point:
@@ -75,7 +75,10 @@ def _read_health(url: str) -> dict[str, Any] | None:
 async def measure_point(
     ask: Ask, health: Health, workload: Workload, *, users: int, seconds: float, seed: int
 ) -> Point:
-    """Keep a server busy with so many users: until each has a first token, and ``seconds`` more.
+    """Keep a server busy with so many users until it is in its stride, and for ``seconds`` more, which count.
+
+    It is when each user has a first token, or as many answers are done as are under way: who still waits then
+    is in a queue, and not among prompts that are being read.
 
     Raises:
         MinivllmError: the server can't be reached, or fails request after request.
@@ -84,7 +87,7 @@ async def measure_point(
     load = Load(users=users, duration=warm_up + seconds + 1, seed=seed)
     generator = LoadGenerator(ask, workload, load)
     async with _running(generator) as run:
-        await run.wait_until(lambda now: now >= warm_up or _all_have_begun(generator.records, users))
+        await run.wait_until(lambda now: now >= warm_up or _is_in_stride(generator.records, users))
         start = run.now()
         samples: list[dict[str, Any]] = []
         sampling = asyncio.create_task(_sample(health, samples))
@@ -164,8 +167,12 @@ async def _running(generator: LoadGenerator) -> AsyncIterator[_Run]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-def _all_have_begun(records: Sequence[RequestRecord], users: int) -> bool:
-    return len(records) >= users and all(record.chunk_times for record in records[:users])
+def _is_in_stride(records: Sequence[RequestRecord], users: int) -> bool:
+    if len(records) < users:
+        return False
+    done = sum(record.finished is not None for record in records)
+    under_way = sum(bool(record.chunk_times) and record.finished is None for record in records)
+    return done >= max(1, under_way) or all(record.chunk_times for record in records[:users])
 
 
 def _is_over(records: Sequence[RequestRecord], steps: int) -> bool:
