@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm_bench.generator import Clock
-from minivllm_bench.points import longest_warm_up, measure_agents, measure_point
+from minivllm_bench.points import measure_agents, measure_point
 from minivllm_bench.prompts import Conversation
 from minivllm_bench.records import RequestRecord
 from minivllm_bench.results import Point
@@ -137,7 +137,7 @@ def measured(slots: int, users: int, seconds: float) -> Point:
     async def measure() -> Point:
         server = Slots(slots)
         return await measure_point(
-            server.ask, silent, WORKLOADS["memoryless"], users=users, seconds=seconds, seed=1
+            server.ask, silent, WORKLOADS["memoryless"], users=users, warm_up=9.0, seconds=seconds, seed=1
         )
 
     return run(measure())
@@ -155,7 +155,7 @@ def test_a_point_measures_the_steady_state(slots: int, users: int) -> None:
         assert start == pytest.approx(1.0, abs=0.1)
         assert figures["ttft"]["p99"] == pytest.approx(1.0)
     else:
-        assert start == pytest.approx(longest_warm_up(users), abs=0.1)
+        assert start == pytest.approx(9.0, abs=0.1)
         assert figures["ttft"]["waiting"] > 0
         assert figures["ttft"]["p99"] is None
 
@@ -173,7 +173,9 @@ def test_a_window_opens_when_a_server_is_in_its_stride(
 ) -> None:
     async def measure() -> Point:
         server = Slots(slots, seconds_per_token, seconds_per_prompt=0.2)
-        return await measure_point(server.ask, silent, fixed(10, 180), users=users, seconds=1.0, seed=1)
+        return await measure_point(
+            server.ask, silent, fixed(10, 180), users=users, warm_up=30.6, seconds=1.0, seed=1
+        )
 
     figures = run(measure())["figures"]
     assert figures is not None
@@ -189,7 +191,9 @@ def test_health_is_looked_at_during_the_window() -> None:
         return {"num_running": running, "num_waiting": 1 - running, "kv_cache_usage": len(looks) / 100}
 
     async def measure() -> Point:
-        return await measure_point(Slots(2).ask, health, fixed(10, 5), users=2, seconds=2.9, seed=0)
+        return await measure_point(
+            Slots(2).ask, health, fixed(10, 5), users=2, warm_up=5.0, seconds=2.9, seed=0
+        )
 
     point = run(measure())
     assert point["figures"] is not None

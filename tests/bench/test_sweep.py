@@ -9,9 +9,9 @@ import pytest
 from minivllm.errors import ConfigError, MinivllmError
 from minivllm_bench import compare
 from minivllm_bench.compare_config import MODES, CompareConfig
-from minivllm_bench.points import empty_agent_run, empty_point, longest_warm_up
+from minivllm_bench.points import empty_agent_run, empty_point
 from minivllm_bench.results import AgentRun, Contender, Point
-from minivllm_bench.sweep import AGENT_SECONDS, NO_TIME, Budget, sweep
+from minivllm_bench.sweep import AGENT_SECONDS, LEAST_WARM_UP, NO_TIME, Budget, longest_warm_up, sweep
 from tests.bench import made_up
 
 
@@ -25,9 +25,10 @@ class Fake:
         self._fails_at = fails_at
         self._agent_seconds = agent_seconds
 
-    def point(self, users: int, seconds: float, seed: int) -> Point:
+    def point(self, users: int, warm_up: float, seconds: float, seed: int) -> Point:
         self.asked.append(("point", users, seed))
-        self.now += longest_warm_up(users) + seconds
+        assert LEAST_WARM_UP <= warm_up <= longest_warm_up(users)
+        self.now += warm_up + seconds
         if users == self._fails_at:
             raise MinivllmError("HTTP 500: out of luck")
         return empty_point(users)

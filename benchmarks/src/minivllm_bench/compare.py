@@ -121,12 +121,14 @@ class Http:
 
         return asyncio.run(check())
 
-    def point(self, users: int, seconds: float, seed: int) -> Point:
+    def point(self, users: int, warm_up: float, seconds: float, seed: int) -> Point:
         """See :class:`minivllm_bench.sweep.Target`."""
 
         def measure(ask: Ask) -> Coroutine[Any, Any, Point]:
             health = functools.partial(read_health, self._url)
-            return measure_point(ask, health, self._workload, users=users, seconds=seconds, seed=seed)
+            return measure_point(
+                ask, health, self._workload, users=users, warm_up=warm_up, seconds=seconds, seed=seed
+            )
 
         return self._run(measure)
 

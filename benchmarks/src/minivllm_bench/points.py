@@ -24,11 +24,6 @@ Health = Callable[[], Awaitable[dict[str, Any] | None]]
 """What a server says of itself; None where it doesn't."""
 
 
-def longest_warm_up(users: int) -> float:
-    """Seconds after which a window begins in any case."""
-    return 5.0 + 0.2 * users
-
-
 def empty_point(users: int, *, failed: str | None = None, skipped: str | None = None) -> Point:
     """A point without figures, and why."""
     return {
@@ -73,9 +68,18 @@ def _read_health(url: str) -> dict[str, Any] | None:
 
 
 async def measure_point(
-    ask: Ask, health: Health, workload: Workload, *, users: int, seconds: float, seed: int
+    ask: Ask,
+    health: Health,
+    workload: Workload,
+    *,
+    users: int,
+    warm_up: float,
+    seconds: float,
+    seed: int,
 ) -> Point:
     """Keep a server busy with so many users until it is in its stride, and for ``seconds`` more, which count.
+
+    ``warm_up`` is the longest that it gets to be so.
 
     It is when each user has a first token, or as many answers are done as are under way: who still waits then
     is in a queue, and not among prompts that are being read.
@@ -83,7 +87,6 @@ async def measure_point(
     Raises:
         MinivllmError: the server can't be reached, or fails request after request.
     """
-    warm_up = longest_warm_up(users)
     load = Load(users=users, duration=warm_up + seconds + 1, seed=seed)
     generator = LoadGenerator(ask, workload, load)
     async with _running(generator) as run:

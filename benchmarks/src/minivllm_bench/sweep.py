@@ -9,11 +9,14 @@ from typing import Protocol
 
 from minivllm.errors import MinivllmError
 from minivllm_bench.compare_config import CompareConfig
-from minivllm_bench.points import empty_agent_run, empty_point, longest_warm_up
+from minivllm_bench.points import empty_agent_run, empty_point
 from minivllm_bench.results import AgentRun, Contender, Point
 
 AGENT_SECONDS = 90.0
 """Agents that take longer are broken off."""
+
+LEAST_WARM_UP = 2.0
+"""With less time than this left before a window it isn't opened."""
 
 LEAST_STEP_SECONDS = 0.5
 """With less time than this left for each step they aren't started."""
@@ -24,8 +27,8 @@ NO_TIME = "no time was left"
 class Target(Protocol):
     """A server that runs, and how it is measured. Raises MinivllmError where it fails."""
 
-    def point(self, users: int, seconds: float, seed: int) -> Point:
-        """A steady load of so many users."""
+    def point(self, users: int, warm_up: float, seconds: float, seed: int) -> Point:
+        """A steady load of so many users, as of :func:`minivllm_bench.points.measure_point`."""
         ...
 
     def agents(self, users: int, steps: int, limit: float, seed: int) -> AgentRun:
@@ -47,6 +50,11 @@ class Budget:
     def share(self, contenders_left: int) -> Budget:
         """An equal part of what is left: time that one contender doesn't need goes to the next ones."""
         return Budget(self.clock() + self.left() / contenders_left, self.clock)
+
+
+def longest_warm_up(users: int) -> float:
+    """Seconds after which a window begins in any case."""
+    return 5.0 + 0.2 * users
 
 
 Progress = Callable[[str], None]
@@ -72,15 +80,15 @@ def sweep(
         save: called after each.
     """
     for users in config.user_counts:
-        expected = longest_warm_up(users) + config.seconds
+        warm_up = min(longest_warm_up(users), budget.left() - config.seconds)
         begin(f"{contender['label']}, {users} user{'s' * (users > 1)}")
         if contender["failed"] is not None:
             point = empty_point(users, skipped="the server had failed before")
-        elif budget.left() < expected:
+        elif warm_up < LEAST_WARM_UP:
             point = empty_point(users, skipped=NO_TIME)
         else:
             try:
-                point = target.point(users, config.seconds, _seed(config, users))
+                point = target.point(users, warm_up, config.seconds, _seed(config, users))
             except MinivllmError as error:
                 contender["failed"] = str(error)
                 point = empty_point(users, failed=str(error))
