@@ -157,9 +157,9 @@ def test_what_failed_or_was_left_out_says_so_and_shows_no_number() -> None:
     assert page.row("1")[4:] == ["failed", "–"]  # the peer, and the ratio
     assert page.row("128")[2] == "–"
     assert page.row("50")[4] == "–"
-    assert "paged + continuous, 1 users: 3 of 9 requests failed: HTTP 503: <busy>" in page.text
+    assert "paged + continuous, 1 user: 3 of 9 requests failed: HTTP 503: <busy>" in page.text
     assert "contiguous + continuous, 128 users, 8 agents: no time was left" in page.text
-    assert "sequential, 1 slot, 1 agents: HTTP 500: oops" in page.text
+    assert "sequential, 1 slot, 1 agent: HTTP 500: oops" in page.text
     assert "peer (some <model>) failed: the server ended" in page.text
     curve = Findings(comparison).curve("paged")
     assert 1 not in curve

@@ -53,7 +53,8 @@ def _times_at_peak(slots: str) -> Callable[[Findings], str | None]:
 
 def _crossing(findings: Findings) -> str | None:
     words = [findings.crossing_words(PAGED, slots) for slots in (ONE_SLOT, FOUR_SLOTS)]
-    return "; ".join(part for part in words if part is not None) or None
+    known = "; ".join(part for part in words if part is not None)
+    return f"{findings.label(PAGED)} is {known}" if known else None
 
 
 def _knees(findings: Findings) -> str | None:

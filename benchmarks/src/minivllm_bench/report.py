@@ -204,6 +204,10 @@ def _plots(findings: Findings) -> dict[str, Markup | None]:
     return {name: None if svg is None else Markup(svg) for name, svg in drawn.items()}
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number > 1)}"
+
+
 def _not_measured(findings: Findings) -> list[str]:
     """What is missing, and why, one line for each reason."""
     lines = []
@@ -213,9 +217,9 @@ def _not_measured(findings: Findings) -> list[str]:
             reasons[contender["failed"]] = ["failed"]
         for point in contender["points"]:
             if reason := point["failed"] or point["skipped"]:
-                reasons.setdefault(reason, []).append(f"{point['users']} users")
+                reasons.setdefault(reason, []).append(_count(point["users"], "user"))
         for run in contender["agents"]:
             if reason := run["failed"] or run["skipped"]:
-                reasons.setdefault(reason, []).append(f"{run['users']} agents")
+                reasons.setdefault(reason, []).append(_count(run["users"], "agent"))
         lines += [f"{contender['label']}, {', '.join(what)}: {reason}" for reason, what in reasons.items()]
     return lines
