@@ -54,8 +54,14 @@ ROUTES: dict[str, tuple[str, str, str]] = {
     "GET /v1/models/{name}": ("that model, by its name", "yes", "no"),
     "POST /tokenize": ("a text, or messages through the chat template, as token ids", "no", "yes"),
     "POST /detokenize": ("token ids as text", "no", "yes"),
-    "GET /health": ("200 while requests can be served, else 503", "no", "differs: no body"),
+    "GET /health": (
+        "200 while the server lives, 503 if its engine keeps failing",
+        "no",
+        "differs: no body",
+    ),
+    "GET /ready": ("200 while requests can be served, else 503", "no", "no"),
     "GET /ping": ("the same", "no", "differs: no body"),
+    "GET /v1/queue/{request_id}": ("where one of the caller's requests stands", "no", "no"),
     "GET /version": ("minivllm's version", "no", "yes"),
     "GET /openapi.json": ("this, for machines", "no", "yes"),
 }
@@ -86,6 +92,7 @@ DIFFERS: dict[str | tuple[str, str], str] = {
     "temperature": "OpenAI ends at 2.",
     "stop": "OpenAI takes 4.",
     "priority": "vLLM needs a scheduling policy for it.",
+    "timeout": "Also as the header X-Request-Timeout; the shorter one counts.",
     "truncate_prompt_tokens": "vLLM's -1, the whole context, is refused.",
     (COMPLETIONS, "logprobs"): "OpenAI ends at 5; 0 gives the sampled token's.",
     (CHAT, "messages"): "Text only: no images, no audio.",

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from minivllm.config import EngineConfig
@@ -23,8 +25,19 @@ from minivllm.engine.scheduler import (
     SchedulerLimits,
     SequentialScheduler,
 )
+from minivllm.engine.steps import Sink, StepRecord, StepRecorder
+from minivllm.engine.waiting import FairQueue, WaitingQueue
 from minivllm.errors import InvalidRequestError
-from minivllm.request import EngineEvent, EngineInfo, EngineStats, Request, RequestMetrics, SamplingParams
+from minivllm.request import (
+    DEFAULT_TERMS,
+    EngineEvent,
+    EngineInfo,
+    EngineStats,
+    Request,
+    RequestMetrics,
+    SamplingParams,
+    Terms,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +45,7 @@ logger = logging.getLogger(__name__)
 class _Step(NamedTuple):
     batch: ScheduledBatch
     tokens: PendingTokens
+    record: StepRecord | None
 
 
 class Engine:
@@ -50,6 +64,7 @@ class Engine:
         eos_token_ids: ids that end a turn.
         grammars: what requests with a grammar need; None where none may have one.
         clock: seconds, above 0, for the requests' metrics; a simulation has one of its own.
+        sinks: get a record of each step; without any, none are made.
         block_manager: an experiment's own, of ``num_blocks`` blocks, instead of the one that config names.
     """
 
@@ -64,9 +79,11 @@ class Engine:
         eos_token_ids: frozenset[int],
         grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sinks: Sequence[Sink] = (),
         block_manager: BlockManager | None = None,
     ) -> None:
         self.clock = clock
+        self._recorder = StepRecorder(sinks, clock) if sinks else None
         self.info = info
         self.grammars = grammars
         self.runner = runner
@@ -88,10 +105,14 @@ class Engine:
             "continuous": ContinuousScheduler,
             "sequential": SequentialScheduler,
         }
-        self.scheduler = schedulers[config.scheduler](self.block_manager, limits, clock)
+        waiting = FairQueue() if config.fairness == "keys" else WaitingQueue()
+        self.scheduler = schedulers[config.scheduler](self.block_manager, limits, clock, waiting)
         self._requests: dict[str, Request] = {}
         self._compiling: dict[Request, GrammarState] = {}
         """Requests that aren't in the scheduler's queue yet, because their grammars are being compiled."""
+        self._deadlines: list[tuple[float, int, Request]] = []
+        """A heap of deadlines, with a number that settles ties; of requests that have ended, too."""
+        self._numbers = itertools.count()
         self._in_flight: deque[_Step] = deque()
         """Steps that were started and whose tokens haven't been taken in, oldest first."""
         self._seeds = random.Random(config.seed)
@@ -102,11 +123,13 @@ class Engine:
         return self.scheduler.has_work or bool(self._in_flight) or bool(self._compiling)
 
     def add(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        terms: Terms = DEFAULT_TERMS,
     ) -> None:
         """Queue a request that :func:`minivllm.request.check_request` has let through.
-
-        Of those that wait, the one of the lowest ``priority`` is admitted first.
 
         Raises:
             InvalidRequestError: the id is taken, the sequence could never fit into the KV pool, or a
@@ -128,25 +151,31 @@ class Engine:
             sampling,
             seed=self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed,
             max_total_tokens=max_total_tokens,
-            priority=priority,
+            priority=terms.priority,
+            tenant=terms.tenant,
+            client_id=terms.client_id,
             metrics=RequestMetrics(arrival_time=self.clock()),
         )
         if sampling.grammar is None:
-            self.scheduler.add(request)
+            self._queue(request)
         elif self.grammars is None:
             raise InvalidRequestError("this engine has no tokenizer to follow one with", param="grammar")
         else:
             request.grammar = self._compiling[request] = self.grammars.begin(sampling.grammar)
         self._requests[request_id] = request
+        if terms.timeout is not None:
+            deadline = request.metrics.arrival_time + terms.timeout
+            heappush(self._deadlines, (deadline, next(self._numbers), request))
 
     def abort(self, request_id: str) -> EngineEvent | None:
         """End a request now. None if it has ended already."""
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
-        if self._compiling.pop(request, None) is not None:
-            self.scheduler.add(request)
-        return self.scheduler.abort(request)
+        event = self._withdraw(request, self.scheduler.abort)
+        if self._recorder is not None and not self.has_work:
+            self._recorder.open(self.clock(), ScheduledBatch([]), self.stats())  # no step may follow
+        return event
 
     def step(self) -> list[EngineEvent]:
         """Start a step over all that is scheduled, and take in the tokens of the one that ran until now.
@@ -155,11 +184,15 @@ class Engine:
         requests only.
         """
         events = self._queue_compiled()
+        if self._deadlines:
+            events += self._drop_late()
         if self._in_flight and self._in_flight[0].batch.reads_output:
             events += self._take_in()
+        start = self.clock()
         batch = self.scheduler.schedule()
+        record = None if self._recorder is None else self._recorder.open(start, batch, self.stats())
         if batch.requests:
-            events += self._start(batch)
+            events += self._start(batch, record)
         num_ahead = 1 if self.runner.runs_ahead and batch.requests else 0
         while len(self._in_flight) > num_ahead:
             events += self._take_in()
@@ -167,6 +200,11 @@ class Engine:
             if event.finish_reason is not None:
                 del self._requests[event.request_id]
         return events
+
+    def _queue(self, request: Request) -> None:
+        self.scheduler.add(request)
+        if self._recorder is not None:
+            self._recorder.arrived(request)
 
     def _queue_compiled(self) -> list[EngineEvent]:
         """Queue the requests whose grammars are ready. Without other work, waits a moment for one."""
@@ -177,31 +215,85 @@ class Engine:
         events = []
         for request in [request for request, grammar in self._compiling.items() if grammar.is_ready]:
             error = self._compiling.pop(request).error
-            self.scheduler.add(request)
+            self._queue(request)
             if error is not None:
                 events.append(self.scheduler.refuse(request, error))
+                if self._recorder is not None:
+                    self._recorder.ended(events[-1])
         return events
 
-    def _start(self, batch: ScheduledBatch) -> list[EngineEvent]:
+    def _drop_late(self) -> list[EngineEvent]:
+        """End the requests whose deadlines have passed, before anybody is evicted for them."""
+        events = []
+        while self._deadlines and self._deadlines[0][0] <= self.clock():
+            request = heappop(self._deadlines)[-1]
+            if not request.is_finished:
+                events.append(self._withdraw(request, self.scheduler.expire))
+        return events
+
+    def _withdraw(self, request: Request, end: Callable[[Request], EngineEvent]) -> EngineEvent:
+        """End a request wherever it is."""
+        if self._compiling.pop(request, None) is not None:
+            self._queue(request)
+        event = end(request)
+        if self._recorder is not None:
+            self._recorder.ended(event)
+        return event
+
+    def _start(self, batch: ScheduledBatch, record: StepRecord | None) -> list[EngineEvent]:
         try:
             tokens = self.runner.execute(batch)
+        except MemoryError as error:
+            if batch.num_tokens == 1:
+                return self._fail(batch, record, error)
+            return self._shrink(batch, record, error)
         except Exception as error:
-            return self._fail(batch, error)
+            return self._fail(batch, record, error)
         self.scheduler.advance(batch)
-        self._in_flight.append(_Step(batch, tokens))
+        if record is not None:
+            record.launched_time = self.clock()
+        self._in_flight.append(_Step(batch, tokens, record))
         return []
 
     def _take_in(self) -> list[EngineEvent]:
-        batch, tokens = self._in_flight.popleft()
+        batch, tokens, record = self._in_flight.popleft()
+        if record is not None:
+            record.wait_time = self.clock()
         try:
             sampled = tokens()
         except Exception as error:
-            return self._fail(batch, error)
-        return self.scheduler.update(batch, sampled)
+            return self._fail(batch, record, error)
+        if record is not None:
+            record.tokens_time = self.clock()
+        events = self.scheduler.update(batch, sampled)
+        if self._recorder is not None and record is not None:
+            self._recorder.close(record, events)
+        return events
 
-    def _fail(self, batch: ScheduledBatch, error: Exception) -> list[EngineEvent]:
+    def _fail(self, batch: ScheduledBatch, record: StepRecord | None, error: Exception) -> list[EngineEvent]:
         logger.error("a step over %d requests failed", len(batch.requests), exc_info=error)
-        return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
+        message = f"{type(error).__name__}: {error}"
+        events = self.scheduler.fail(batch, message)
+        if self._recorder is not None and record is not None:
+            self._recorder.fail(record, events, message)
+        return events
+
+    def _shrink(
+        self, batch: ScheduledBatch, record: StepRecord | None, error: MemoryError
+    ) -> list[EngineEvent]:
+        """A step didn't fit into memory: from now on steps have half as many tokens, and nobody fails."""
+        evicted = self.scheduler.take_back(batch)
+        if self._recorder is not None and record is not None:
+            self._recorder.take_back(record, evicted)
+        self.scheduler.max_num_batched_tokens = batch.num_tokens // 2
+        logger.warning(
+            "a step of %d tokens didn't fit into memory (%s): from now on steps have at most %d; "
+            "set --max-num-batched-tokens to that, or lower --gpu-memory-utilization",
+            batch.num_tokens,
+            error,
+            self.scheduler.max_num_batched_tokens,
+        )
+        return []
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""

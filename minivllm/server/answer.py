@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from minivllm.completion import CompletionDelta
-from minivllm.request import CompletionOutput, FinishReason, TokenLogprob
+from minivllm.request import CompletionOutput, FinishReason, Terms, TokenLogprob
+from minivllm.server.admission import Ticket
 from minivllm.server.context import ServerContext
 from minivllm.server.formats import Choice, Format, Logprobs
 from minivllm.server.generation import OnDelta, Sample, run_samples
@@ -26,6 +27,8 @@ class Answer:
     wording: Format
     samples: list[Sample]
     samples_per_prompt: int
+    ticket: Ticket
+    terms: Terms
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def whole(self) -> dict[str, object]:
@@ -79,7 +82,7 @@ class Answer:
 
     async def _run(self, on_delta: OnDelta | None = None) -> list[CompletionOutput]:
         return await run_samples(
-            self.context, self.samples, self.body.priority, self.wording.shown_token_ids, on_delta
+            self.context, self.samples, self.ticket, self.terms, self.wording.shown_token_ids, on_delta
         )
 
     def _best(self, outputs: list[CompletionOutput]) -> list[CompletionOutput]:

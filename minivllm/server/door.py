@@ -1,7 +1,8 @@
-"""What a request passes before it reaches a route, in this order: id, CORS, head, key, body.
+"""What a request passes before it reaches a route, in this order: id, CORS, head, key, body, waiting room.
 
 The id comes first, so that every answer carries one. CORS comes before the key: a browser asks for leave
-before it sends the key, and must be able to read a 401. The body is read last, and only from those who may.
+before it sends the key, and must be able to read a 401. The body is read only from those who may send one,
+and only who has sent it all may wait.
 """
 
 from __future__ import annotations
@@ -13,18 +14,27 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minivllm.config import ServerConfig, format_size
 from minivllm.errors import HeadersTooLargeError
+from minivllm.server.admission import AdmissionMiddleware, WaitingRoom
 from minivllm.server.auth import ApiKeyMiddleware
 from minivllm.server.body import BodyLimitMiddleware
 from minivllm.server.keys import ApiKeys
+from minivllm.server.rate_limit import TokenRateLimit
 from minivllm.server.refusal import refuse
 from minivllm.server.request_id import HEADER, RequestIdMiddleware
 
 logger = logging.getLogger(__name__)
 
 
-def guard(app: ASGIApp, config: ServerConfig, api_keys: ApiKeys | None) -> ASGIApp:
+def guard(
+    app: ASGIApp,
+    config: ServerConfig,
+    api_keys: ApiKeys | None,
+    room: WaitingRoom,
+    rate_limit: TokenRateLimit | None,
+) -> ASGIApp:
     """``app`` behind the checks that ``config`` asks for."""
-    app = BodyLimitMiddleware(FailureLogMiddleware(app), config.max_body_size)
+    app = AdmissionMiddleware(FailureLogMiddleware(app), room, rate_limit)
+    app = BodyLimitMiddleware(app, config.max_body_size)
     if api_keys is not None:
         app = ApiKeyMiddleware(app, api_keys)
     app = HeadLimitMiddleware(app, config.max_header_size, config.max_header_count)
