@@ -266,7 +266,7 @@ class Request:
 
 @dataclass(slots=True)  # not frozen: each decode makes one, and a frozen one takes three times as long
 class EngineEvent:
-    """What one step brought one request. The last one carries ``finish_reason`` and ``metrics``."""
+    """What one step brought one request. The last one carries ``finish_reason``."""
 
     request_id: str
     new_token_ids: list[int]
@@ -275,6 +275,7 @@ class EngineEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     metrics: RequestMetrics | None = None
+    """In a request's last event; so far as they are known, in that of its first token, too."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """In a request's first event, where it asked for them: one for each token of its prompt but the first."""
 
@@ -311,6 +312,14 @@ class EngineInfo:
     vocab_size: int
 
 
+class WaitingFor(str, Enum):
+    """Why the request that is next in the queue was not admitted to a step."""
+
+    SEAT = "max_num_seqs"  # as many sequences run as may
+    STEP_TOKENS = "max_num_batched_tokens"  # the step was full of other requests' tokens
+    KV_BLOCKS = "kv_cache"  # too few blocks were free
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A running engine at one moment."""
@@ -325,6 +334,13 @@ class EngineStats:
     """Tokens looked up in the prefix cache since start-up."""
     prefix_cache_hits: int
     """Those that were found there."""
+    num_step_tokens: int = 0
+    """Tokens that went through the model since start-up: those of prompts, of decodes, and what was computed
+    again after a preemption."""
+    num_compiling: int = 0
+    """Of ``num_waiting``, those whose grammars are being compiled."""
+    waiting_for: WaitingFor | None = None
+    """What the first of the others waited for in the last step, and those behind it with it."""
 
     @property
     def kv_cache_usage(self) -> float:

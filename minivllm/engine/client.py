@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import msgspec
 import zmq
@@ -36,6 +36,8 @@ class EngineClient:
     """
 
     info: EngineInfo
+    on_step: Callable[[messages.StepEvents], None] | None = None
+    """Called with each step's message before anybody else sees its events."""
 
     def __init__(self, directory: str, process: asyncio.subprocess.Process) -> None:
         self._directory = directory
@@ -183,6 +185,8 @@ class EngineClient:
             message = messages.decode_from_engine(await self._events.recv())
             if isinstance(message, messages.StepEvents):
                 self._stats = message.stats
+                if self.on_step is not None:
+                    self.on_step(message)
                 for event in message.events:
                     # An aborted request's last events find nobody.
                     if event.request_id in self._queues:

@@ -90,6 +90,7 @@ class Engine:
         """Requests that aren't in the scheduler's queue yet, because their grammars are being compiled."""
         self._in_flight: deque[_Step] = deque()
         """Steps that were started and whose tokens haven't been taken in, oldest first."""
+        self._num_step_tokens = 0
         self._seeds = random.Random(config.seed)
 
     @property
@@ -183,6 +184,7 @@ class Engine:
             tokens = self.runner.execute(batch)
         except Exception as error:
             return self._fail(batch, error)
+        self._num_step_tokens += batch.num_tokens
         self.scheduler.advance(batch)
         self._in_flight.append(_Step(batch, tokens))
         return []
@@ -209,6 +211,9 @@ class Engine:
             num_preemptions=self.scheduler.num_preemptions,
             prefix_cache_queries=self.block_manager.num_queried_tokens,
             prefix_cache_hits=self.block_manager.num_hit_tokens,
+            num_step_tokens=self._num_step_tokens,
+            num_compiling=len(self._compiling),
+            waiting_for=self.scheduler.waiting_for,
         )
 
     def check_integrity(self) -> None:

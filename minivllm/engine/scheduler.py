@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minivllm.engine.block_manager import BlockManager
-from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, Request, TokenLogprob
+from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, Request, TokenLogprob, WaitingFor
 
 
 @dataclass(eq=False, slots=True, init=False)
@@ -105,6 +105,8 @@ class Scheduler(ABC):
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
+        self.waiting_for: WaitingFor | None = None
+        """Why the first of ``waiting`` was not admitted by the last :meth:`schedule`."""
 
     @abstractmethod
     def may_admit(self) -> bool:
@@ -166,11 +168,19 @@ class Scheduler(ABC):
         for item in scheduled.values():
             commit(item.request, item.num_tokens)
 
-        while self.waiting and budget > 0 and self.may_admit():
+        self.waiting_for = None
+        while self.waiting:
+            if not self.may_admit():
+                self.waiting_for = WaitingFor.SEAT
+                break
+            if budget == 0:
+                self.waiting_for = WaitingFor.STEP_TOKENS
+                break
             # A block stays free for each running sequence: admitting into the last ones would only
             # evict somebody within the next steps, and its prefill would be for nothing.
             request = self.waiting[0]
             if request.has_all_tokens or not self.block_manager.admit(request, headroom=len(self.running)):
+                self.waiting_for = WaitingFor.KV_BLOCKS
                 break
             self.waiting.popleft()
             self.running.append(request)
@@ -224,8 +234,10 @@ class Scheduler(ABC):
                 event = self._finish(request, [token.token_id], FinishReason.LENGTH, logprobs=logprobs)
             else:
                 event = EngineEvent(request.request_id, [token.token_id], logprobs)
-            if num_output_tokens == 1 and request.sampling.prompt_logprobs is not None:
-                event.prompt_logprobs = request.prompt_logprobs
+            if num_output_tokens == 1:
+                event.metrics = request.metrics
+                if request.sampling.prompt_logprobs is not None:
+                    event.prompt_logprobs = request.prompt_logprobs
             events.append(event)
         return events
 

@@ -12,6 +12,7 @@ from minivllm.server.context import ServerContext
 from minivllm.server.formats import Choice, Format, Logprobs
 from minivllm.server.generation import OnDelta, Sample, run_samples
 from minivllm.server.protocol import GenerationRequest
+from minivllm.server.record import RequestRecord
 from minivllm.server.responses import StopReason, Usage
 from minivllm.server.streaming import Emit
 
@@ -26,6 +27,7 @@ class Answer:
     wording: Format
     samples: list[Sample]
     samples_per_prompt: int
+    record: RequestRecord
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def whole(self) -> dict[str, object]:
@@ -79,7 +81,12 @@ class Answer:
 
     async def _run(self, on_delta: OnDelta | None = None) -> list[CompletionOutput]:
         return await run_samples(
-            self.context, self.samples, self.body.priority, self.wording.shown_token_ids, on_delta
+            self.context,
+            self.samples,
+            self.body.priority,
+            self.wording.shown_token_ids,
+            self.record,
+            on_delta,
         )
 
     def _best(self, outputs: list[CompletionOutput]) -> list[CompletionOutput]:

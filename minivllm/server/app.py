@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp
 
@@ -21,8 +21,10 @@ from minivllm.server.errors import add_error_handlers, error_response
 from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.keys import ApiKeys
 from minivllm.server.lenient import LenientRoute
+from minivllm.server.metrics import ServerMetrics
 from minivllm.server.openai import openai_router
 from minivllm.server.protocol import DetokenizeRequest, TokenizeRequest
+from minivllm.server.record import OnRequestEnd
 from minivllm.server.responses import Detokenized, ErrorEnvelope, Health, Tokenized, Version
 from minivllm.tokenizer.tokenizer import Tokenizer
 
@@ -35,6 +37,8 @@ def create_app(
     state: ServerState,
     api_keys: ApiKeys | None = None,
     grammars: GrammarChecker | None = None,
+    metrics: ServerMetrics | None = None,
+    on_request_end: Sequence[OnRequestEnd] = (),
 ) -> FastAPI:
     """The application that serves one model.
 
@@ -47,7 +51,12 @@ def create_app(
         state: the caller's handle on the running application.
         api_keys: one of them is needed for every path but ``/health`` and ``/ping``; None: everybody may in.
         grammars: closed by the caller. None: one of its own, whose process ends with this one.
+        metrics: told of the engine's steps by the caller. None: some of its own, that nobody tells.
+        on_request_end: who else is told, with the metrics, what became of each HTTP request.
     """
+    metrics = metrics or ServerMetrics(
+        server_config.metrics_prefix, model_name, engine.info, engine.stats, is_alive=lambda: engine.is_alive
+    )
     context = ServerContext(
         engine,
         tokenizer,
@@ -55,10 +64,12 @@ def create_app(
         state,
         ChatStyle.of(tokenizer, server_config),
         grammars or GrammarChecker(tokenizer, engine.info.vocab_size),
+        metrics,
+        keeps_prompts=server_config.log_prompts,
         max_tokens_per_request=server_config.max_tokens_per_request,
     )
     app = _GuardedApp(
-        lambda app: guard(app, server_config, api_keys),
+        lambda app: guard(app, server_config, api_keys, [metrics.request_done, *on_request_end]),
         title="minivllm",
         version=minivllm.__version__,
         docs_url=None,  # a page that would load its scripts from elsewhere
@@ -108,6 +119,12 @@ def _own_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRout
             "kv_cache_usage": stats.kv_cache_usage,
         }
         return JSONResponse(answer)
+
+    # Not in /openapi.json: a client of the API has no use for it, and its format isn't JSON.
+    @router.get("/metrics", include_in_schema=False)
+    async def metrics(request: Request) -> Response:
+        content, media_type = context.metrics.expose(request.headers.get("accept", ""))
+        return Response(content, headers={"Content-Type": media_type})
 
     @router.get("/version")
     async def version() -> Version:

@@ -6,6 +6,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minivllm.errors import InvalidApiKeyError
 from minivllm.server.keys import ApiKeys
+from minivllm.server.record import record_of
 from minivllm.server.refusal import refuse
 
 PUBLIC_PATHS = frozenset({b"/health", b"/ping"})
@@ -43,4 +44,9 @@ class ApiKeyMiddleware:
         scheme, _, key = values[0].partition(b" ")
         if scheme.lower() != b"bearer":
             return "the Authorization header must have the form Bearer KEY"
-        return None if self.api_keys.accept(key.strip(b" ")) else "this API key is not known here"
+        number = self.api_keys.number_of(key.strip(b" "))
+        if number == 0:
+            return "this API key is not known here"
+        if scope["type"] == "http":
+            record_of(scope).key_number = number
+        return None

@@ -11,6 +11,7 @@ from minivllm.errors import EngineDeadError, ModelNotFoundError, ShuttingDownErr
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, SamplingParams
 from minivllm.server.chat import ChatStyle
 from minivllm.server.grammar_check import GrammarChecker
+from minivllm.server.metrics import ServerMetrics
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 
@@ -55,8 +56,11 @@ class ServerContext:
     chat_style: ChatStyle
     """How the model writes tool calls and reasoning."""
     grammars: GrammarChecker
+    metrics: ServerMetrics
     max_tokens_per_request: int | None = None
     """Most tokens that all samples of one request may have together."""
+    keeps_prompts: bool = False
+    """Whether a request's record has its prompts."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds, for ``/v1/models``."""
 

@@ -1,12 +1,13 @@
-"""What a request passes before it reaches a route, in this order: id, CORS, head, key, body.
+"""What a request passes before it reaches a route, in this order: id, record, CORS, head, key, body.
 
-The id comes first, so that every answer carries one. CORS comes before the key: a browser asks for leave
+The id comes first, so that every answer carries one, and the record second, so that none is left out. CORS comes before the key: a browser asks for leave
 before it sends the key, and must be able to read a 401. The body is read last, and only from those who may.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,13 +17,16 @@ from minivllm.errors import HeadersTooLargeError
 from minivllm.server.auth import ApiKeyMiddleware
 from minivllm.server.body import BodyLimitMiddleware
 from minivllm.server.keys import ApiKeys
+from minivllm.server.record import OnRequestEnd, RecordMiddleware
 from minivllm.server.refusal import refuse
 from minivllm.server.request_id import HEADER, RequestIdMiddleware
 
 logger = logging.getLogger(__name__)
 
 
-def guard(app: ASGIApp, config: ServerConfig, api_keys: ApiKeys | None) -> ASGIApp:
+def guard(
+    app: ASGIApp, config: ServerConfig, api_keys: ApiKeys | None, on_request_end: Sequence[OnRequestEnd]
+) -> ASGIApp:
     """``app`` behind the checks that ``config`` asks for."""
     app = BodyLimitMiddleware(FailureLogMiddleware(app), config.max_body_size)
     if api_keys is not None:
@@ -37,7 +41,7 @@ def guard(app: ASGIApp, config: ServerConfig, api_keys: ApiKeys | None) -> ASGIA
             allow_credentials=config.allow_credentials,
             expose_headers=[HEADER],
         )
-    return RequestIdMiddleware(app)
+    return RequestIdMiddleware(RecordMiddleware(app, on_request_end))
 
 
 class FailureLogMiddleware:

@@ -24,10 +24,9 @@ from minivllm.server.generation import Sample, make_samples
 from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.openapi import event_stream
 from minivllm.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from minivllm.server.record import CLIENT_CLOSED_REQUEST, record_of
 from minivllm.server.responses import ChatChunk, ChatCompletion, Completion, Model, ModelList
 from minivllm.server.streaming import EventStream, run_until_disconnect
-
-CLIENT_CLOSED_REQUEST = 499  # nginx's number: nobody is left to read it but the access log
 
 
 def openai_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRouter:
@@ -90,15 +89,22 @@ async def _generate(
     ``prepare`` makes the prompts' token ids, and what they ask of the sampling parameters beside;
     ``check_grammar`` raises where answers can't follow the one that the parameters have then.
     """
+    record = record_of(request.scope)
+    record.model = (body.model or context.model_name)[:200]
+    record.is_streamed = bool(body.stream)
     context.check_ready()
     context.check_model(body.model)
     # Ours, never the client's X-Request-Id: the engine's ids must be unique.
-    answer_id = wording.id_prefix + request.state.unique_id
+    answer_id = record.answer_id = wording.id_prefix + request.state.unique_id
 
     def make() -> tuple[list[Sample], int]:
         prompts, sampling = prepare(body.sampling_params())
         if body.truncate_prompt_tokens is not None:
             prompts = [prompt[-body.truncate_prompt_tokens :] for prompt in prompts]
+        record.prompt_lengths = [len(prompt) for prompt in prompts]
+        record.num_samples = sampling.n
+        if context.keeps_prompts:
+            record.prompts = [tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
         return make_samples(context, answer_id, prompts, sampling, body.default_max_tokens), sampling.n
 
     try:
@@ -110,7 +116,8 @@ async def _generate(
     grammar = samples[0].sampling.grammar
     if grammar is not None:
         await check_grammar(context.grammars, grammar)
-    answer = Answer(context, body, answer_id, wording, samples, samples_per_prompt)
+    record.max_tokens = samples[0].sampling.max_tokens
+    answer = Answer(context, body, answer_id, wording, samples, samples_per_prompt, record)
     if body.stream:
         return EventStream(answer.stream)
     content = await run_until_disconnect(request.receive, answer.whole())

@@ -34,6 +34,7 @@ class RequestIdMiddleware:
         unique_id = uuid.uuid4().hex
         scope.setdefault("state", {})["unique_id"] = unique_id
         request_id = _given_id(scope) or unique_id
+        scope["state"]["request_id"] = request_id
         # Never taken back: the server logs what the application raises after all of this has returned, in
         # the same task. The next request has a task of its own, and sets its own.
         _current.set(request_id)
