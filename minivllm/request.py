@@ -312,14 +312,6 @@ class EngineInfo:
     vocab_size: int
 
 
-class WaitingFor(str, Enum):
-    """Why the request that is next in the queue was not admitted to a step."""
-
-    SEAT = "max_num_seqs"  # as many sequences run as may
-    STEP_TOKENS = "max_num_batched_tokens"  # the step was full of other requests' tokens
-    KV_BLOCKS = "kv_cache"  # too few blocks were free
-
-
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A running engine at one moment."""
@@ -339,8 +331,9 @@ class EngineStats:
     again after a preemption."""
     num_compiling: int = 0
     """Of ``num_waiting``, those whose grammars are being compiled."""
-    waiting_for: WaitingFor | None = None
-    """What the first of the others waited for in the last step, and those behind it with it."""
+    waits_for: str | None = None
+    """What the first of the others waited for in the last step, and those behind it with it: as
+    ``ScheduledBatch.waits_for``."""
 
     @property
     def kv_cache_usage(self) -> float:

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from minivllm.engine.messages import StepEvents
 from minivllm.errors import MinivllmError
-from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason, WaitingFor
+from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason
 from minivllm.server.instruments import Counter, Gauge, Histogram, Instrument
 from minivllm.server.record import RequestRecord
 
@@ -34,7 +34,8 @@ _REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 2
 REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, *_REQUEST)
 FINER = "finer buckets below vLLM's"
 COMPILING = "grammar"
-"""Why a request waits that the scheduler doesn't know yet."""
+WAITS_FOR = ("max_num_seqs", "num_parallel", "max_num_batched_tokens", "blocks", "last_token", COMPILING)
+"""The scheduler's reasons (``ScheduledBatch.waits_for``), and that of those it doesn't know yet."""
 
 
 def length_bounds(longest: int) -> list[int]:
@@ -92,17 +93,16 @@ class ServerMetrics(Collector):
         self._sequences: dict[str, Sequence] = {}
         self._registry = CollectorRegistry()
         lengths = length_bounds(info.max_model_len)
-        reasons = [*(reason.value for reason in WaitingFor), COMPILING]
 
         self.engine_up = Gauge("engine_up", "1 while the engine process takes requests, else 0.", peer=None)
         self.num_requests_running = Gauge("num_requests_running", "Sequences in the engine's running batch.")
         self.num_requests_waiting = Gauge("num_requests_waiting", "Sequences that wait to be admitted.")
         self.num_requests_waiting_by_reason = Gauge(
             "num_requests_waiting_by_reason",
-            "The same, by what the first of the queue waits for: a seat among --max-num-seqs (or "
-            "--num-parallel), room in a step (--max-num-batched-tokens), KV blocks, or its grammar.",
+            "The same, by what the first in the queue waits for, and the others with it: the limit that is "
+            "reached, free KV blocks, its own last token; and grammars that are being compiled.",
             labels=("reason",),
-            known=[(reason,) for reason in reasons],
+            known=[(reason,) for reason in WAITS_FOR],
             peer="vLLM's reasons are `capacity` and `deferred`",
         )
         self.kv_cache_usage_perc = Gauge(
@@ -280,9 +280,9 @@ class ServerMetrics(Collector):
         self.num_requests_waiting.set(stats.num_waiting if is_alive else 0)
         self.kv_cache_usage_perc.set(stats.kv_cache_usage if is_alive else 0)
         waiting = {COMPILING: stats.num_compiling}
-        if stats.waiting_for is not None:
-            waiting[stats.waiting_for.value] = stats.num_waiting - stats.num_compiling
-        for reason in [*(reason.value for reason in WaitingFor), COMPILING]:
+        if stats.waits_for is not None:
+            waiting[stats.waits_for] = stats.num_waiting - stats.num_compiling
+        for reason in WAITS_FOR:
             self.num_requests_waiting_by_reason.set(waiting.get(reason, 0) if is_alive else 0, reason)
         return [instrument.family(self._prefix, self._labels) for instrument in self.instruments]
 

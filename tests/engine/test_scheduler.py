@@ -27,7 +27,6 @@ from minivllm.request import (
     FinishReason,
     Request,
     SamplingParams,
-    WaitingFor,
 )
 
 S = 16  # slots in a block
@@ -265,11 +264,13 @@ class Driver:
         num_free = manager.num_free_blocks
         num_steps, self.runner.last_batch = self.runner.num_steps, []
         now_running: list[Request] = []
+        waits_for: list[str | None] = []
         schedule = scheduler.schedule
 
         def spy() -> ScheduledBatch:
             batch = schedule()
             now_running.extend(scheduler.running)
+            waits_for.append(batch.waits_for)
             self.check_schedule(batch)
             return batch
 
@@ -281,6 +282,7 @@ class Driver:
         self.engine.check_integrity()
 
         assert self.runner.num_steps == num_steps + bool(running or waiting), "a step did nothing"
+        assert [self.engine.stats().waits_for] == waits_for
         # Evicted: the last ones of those that ran. Admitted: from the head of the queue, where the
         # evicted are now. (One may come back at once, if it finds its prefix in another's blocks.)
         evicted = [r for r in running if r.metrics.num_preemptions > preemptions[r]]
@@ -321,12 +323,14 @@ class Driver:
         assert set(requests) <= set(scheduler.running)
         assert len(scheduler.running) <= self.setup.most_running
         # Whoever still waits is told what for.
-        reason = None
-        if scheduler.waiting:
-            is_full = batch.num_tokens == self.setup.budget
-            reason = WaitingFor.STEP_TOKENS if is_full else WaitingFor.KV_BLOCKS
-            reason = reason if len(scheduler.running) < self.setup.most_running else WaitingFor.SEAT
-        assert self.engine.stats().waiting_for is reason
+        if not scheduler.waiting:
+            assert batch.waits_for is None
+        elif len(scheduler.running) == self.setup.most_running:
+            assert batch.waits_for in ("max_num_seqs", "num_parallel")
+        elif batch.num_tokens == self.setup.budget:
+            assert batch.waits_for == "max_num_batched_tokens"
+        else:
+            assert batch.waits_for == "blocks"
         # First come, first served, evictions included: nobody runs before an older one that waits.
         order = [self.rank[r.request_id] for r in [*scheduler.running, *scheduler.waiting]]
         assert order == sorted(order)
