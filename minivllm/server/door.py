@@ -1,7 +1,8 @@
 """What a request passes before it reaches a route, in this order: id, record, CORS, head, key, body.
 
-The id comes first, so that every answer carries one, and the record second, so that none is left out. CORS comes before the key: a browser asks for leave
-before it sends the key, and must be able to read a 401. The body is read last, and only from those who may.
+The id comes first, so that every answer carries one, and the record second, so that none is left out. CORS
+comes before the key: a browser asks for leave before it sends the key, and must be able to read a 401. The
+body is read last, and only from those who may.
 """
 
 from __future__ import annotations

@@ -121,8 +121,8 @@ class Histogram(Instrument):
         self._sum += value * count
 
     def samples(self) -> Iterator[tuple[str, Labels, float]]:
-        total = 0
-        for bound, total in zip([*self.bounds, float("inf")], itertools.accumulate(self._counts), strict=True):
-            yield "_bucket", {"le": floatToGoString(bound)}, total
-        yield "_count", {}, total
+        totals = list(itertools.accumulate(self._counts))
+        for bound, total in zip([*self.bounds, float("inf")], totals, strict=True):
+            yield "_bucket", {"le": floatToGoString(bound)}, total  # type: ignore[no-untyped-call]
+        yield "_count", {}, totals[-1]
         yield "_sum", {}, self._sum

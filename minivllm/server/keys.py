@@ -21,7 +21,10 @@ class ApiKeys:
         self._digests = [_digest(key.encode()) for key in keys]
 
     def number_of(self, key: bytes) -> int:
-        """Which of them ``key`` is, counted from 1; 0: none. The time it takes tells nothing of a wrong one."""
+        """Which of them ``key`` is, counted from 1; 0: none.
+
+        How long this takes tells nothing of how close a wrong one is.
+        """
         digest, found = _digest(key), 0
         for number, known in enumerate(self._digests, start=1):  # all of them, even after a match
             found = max(found, number * hmac.compare_digest(digest, known))

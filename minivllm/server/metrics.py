@@ -1,8 +1,8 @@
 """What ``/metrics`` tells, and where each number comes from.
 
 Names, types, labels and buckets are vLLM's where the meaning is the same, under a prefix of their own
-(``--metrics-prefix``); below vLLM's smallest buckets there are finer ones. ``docs/metrics.md`` is made from the
-instruments here.
+(``--metrics-prefix``); below vLLM's smallest buckets there are finer ones. ``docs/metrics.md`` is made from
+the instruments here.
 
 To add one: make it in :meth:`ServerMetrics.__init__`, and give it a method that says when it changes.
 """
@@ -10,14 +10,16 @@ To add one: make it in :meth:`ServerMetrics.__init__`, and give it a method that
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from prometheus_client import ProcessCollector
 from prometheus_client.core import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from minivllm.config import BLOCK_SIZE, EngineConfig
 from minivllm.engine.messages import StepEvents
 from minivllm.errors import MinivllmError
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason
@@ -68,7 +70,7 @@ class ServerMetrics(Collector):
         model_name: the label of that name.
         info: how long sequences can be.
         stats: the engine's, before its first step.
-        cache: what ``cache_config_info`` has for labels.
+        config: the engine's, for ``cache_config_info``.
         is_alive: whether the engine is.
         clock: seconds, the engine's.
     """
@@ -80,7 +82,7 @@ class ServerMetrics(Collector):
         info: EngineInfo,
         stats: EngineStats,
         *,
-        cache: Mapping[str, str] | None = None,
+        config: EngineConfig | None = None,
         is_alive: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -108,16 +110,15 @@ class ServerMetrics(Collector):
         self.kv_cache_usage_perc = Gauge(
             "kv_cache_usage_perc", "Share of the KV blocks that live sequences hold, from 0 to 1."
         )
-        names = {} if cache is None else dict(cache)
-        names["num_gpu_blocks"] = str(stats.num_blocks)
+        cache = _cache_labels(config or EngineConfig(), stats)
         self.cache_config_info = Gauge(
             "cache_config_info",
             "Always 1; the KV cache is in its labels.",
-            labels=tuple(names),
-            known=[tuple(names.values())],
+            labels=tuple(cache),
+            known=[tuple(cache.values())],
             peer="fewer labels; `num_gpu_blocks` is said of CPUs, too, and `model_name` is there",
         )
-        self.cache_config_info.set(1, *names.values())
+        self.cache_config_info.set(1, *cache.values())
 
         self.prefix_cache_queries = Counter(
             "prefix_cache_queries", "Tokens of admitted sequences that were looked up in the prefix cache."
@@ -221,6 +222,7 @@ class ServerMetrics(Collector):
             "request_max_num_generation_tokens", "Tokens of an HTTP request's longest sample.", lengths
         )
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)
 
     @property
     def instruments(self) -> list[Instrument]:
@@ -345,6 +347,17 @@ class ServerMetrics(Collector):
             )
             if sequence.num_tokens > 1:
                 self.time_per_output_token.observe(decode / (sequence.num_tokens - 1))
+
+
+def _cache_labels(config: EngineConfig, stats: EngineStats) -> dict[str, str]:
+    return {
+        "block_size": str(BLOCK_SIZE),
+        "cache_dtype": config.kv_cache_dtype,
+        "enable_prefix_caching": str(config.use_prefix_cache),
+        "gpu_memory_utilization": str(config.gpu_memory_utilization),
+        "kv_allocation": config.kv_allocation,
+        "num_gpu_blocks": str(stats.num_blocks),
+    }
 
 
 def _growth(before: int, now: int) -> int:

@@ -104,7 +104,9 @@ async def _generate(
         record.prompt_lengths = [len(prompt) for prompt in prompts]
         record.num_samples = sampling.n
         if context.keeps_prompts:
-            record.prompts = [tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
+            record.prompts = [
+                context.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts
+            ]
         return make_samples(context, answer_id, prompts, sampling, body.default_max_tokens), sampling.n
 
     try:

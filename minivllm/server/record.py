@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing import TYPE_CHECKING
 
 from minivllm.errors import MinivllmError
-from minivllm.request import CompletionOutput
+from minivllm.request import CompletionOutput, RequestMetrics
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number: nobody is left to read it but the log
 UNKNOWN_ROUTE = "unknown"
@@ -71,8 +73,34 @@ class RequestRecord:
     @property
     def num_cached_tokens(self) -> int:
         """Of each prompt once: those that its first sample found in the prefix cache."""
-        firsts = (self.outputs.get(index) for index in range(0, len(self.outputs), max(1, self.num_samples)))
-        return sum(output.metrics.num_cached_tokens for output in firsts if output is not None)
+        firsts = self.sorted_outputs[:: max(1, self.num_samples)]
+        return sum(output.metrics.num_cached_tokens for output in firsts)
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Why each sample ended; those that did not by themselves end with this request."""
+        unfinished = "abort" if self.client_left else "error"
+        reasons = [output.finish_reason for output in self.sorted_outputs]
+        return [unfinished if reason is None else reason.value for reason in reasons]
+
+    @property
+    def sorted_outputs(self) -> list[CompletionOutput]:
+        """In the order of the samples."""
+        return [self.outputs[index] for index in sorted(self.outputs)]
+
+    def phases(self, times: RequestMetrics) -> dict[str, tuple[float, float]]:
+        """Beginning and end of a sample's queue, prefill and decode, as far as they are known.
+
+        The engine tells a sample's times with its first token; of its end it tells nothing where the server
+        broke it off, for a stop string or because the client left. It then ended with this request.
+        """
+        if not times.first_token_time:
+            return {}
+        return {
+            "queue": (times.arrival_time, times.first_scheduled_time),
+            "prefill": (times.first_scheduled_time, times.first_token_time),
+            "decode": (times.first_token_time, times.finished_time or self.ended_at),
+        }
 
     def note_error(self, error: Exception) -> None:
         """Keep what kind of error it is. Not its message, which may show what the client sent."""

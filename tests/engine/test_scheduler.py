@@ -344,7 +344,7 @@ class Driver:
         assert (event_.metrics is not None) == (brings_first_token or event_.finish_reason is not None)
         if event_.metrics is not None:
             metrics = event_.metrics
-            assert 0 < metrics.arrival_time
+            assert metrics.arrival_time > 0
             if job.token_ids:
                 times = (metrics.arrival_time, metrics.first_scheduled_time, metrics.first_token_time)
                 assert list(times) == sorted(times)
