@@ -101,8 +101,8 @@ class ServerMetrics(Collector):
         self.num_requests_waiting = Gauge("num_requests_waiting", "Sequences that wait to be admitted.")
         self.num_requests_waiting_by_reason = Gauge(
             "num_requests_waiting_by_reason",
-            "The same, by what the first in the queue waits for, and the others with it: the limit that is "
-            "reached, free KV blocks, its own last token; and grammars that are being compiled.",
+            "Sequences that wait to be admitted, by what the first in the queue waits for: the flag's limit, "
+            "free KV blocks, its own last token; or by what they wait for themselves: a grammar, compiled.",
             labels=("reason",),
             known=[(reason,) for reason in WAITS_FOR],
             peer="vLLM's reasons are `capacity` and `deferred`",
@@ -123,7 +123,9 @@ class ServerMetrics(Collector):
         self.prefix_cache_queries = Counter(
             "prefix_cache_queries", "Tokens of admitted sequences that were looked up in the prefix cache."
         )
-        self.prefix_cache_hits = Counter("prefix_cache_hits", "Those that were found there.")
+        self.prefix_cache_hits = Counter(
+            "prefix_cache_hits", "Tokens of admitted sequences that were found in the prefix cache."
+        )
         self.num_preemptions = Counter(
             "num_preemptions", "How often a sequence was evicted, to be computed again."
         )
@@ -131,7 +133,7 @@ class ServerMetrics(Collector):
             "prompt_tokens", "Tokens of prompts, cached ones included, counted at the first token."
         )
         self.prompt_tokens_cached = Counter(
-            "prompt_tokens_cached", "Those of them that the prefix cache brought."
+            "prompt_tokens_cached", "Tokens of prompts that the prefix cache brought."
         )
         self.generation_tokens = Counter("generation_tokens", "Tokens that were generated.")
         self.request_success = Counter(
@@ -206,7 +208,7 @@ class ServerMetrics(Collector):
         )
         self.request_prefill_kv_computed_tokens = Histogram(
             "request_prefill_kv_computed_tokens",
-            "Those that the prefix cache did not bring.",
+            "Tokens of a sequence's prompt that the prefix cache did not bring.",
             lengths,
         )
         self.request_generation_tokens = Histogram(

@@ -27,6 +27,8 @@ class RequestRecord:
     request_id: str
     """What its answer has in ``X-Request-Id``."""
     method: str
+    path: str
+    """As it came, decoded."""
     traceparent: str | None = None
     """The header, as it came: which trace the client wants this in."""
     received_at: float = field(default_factory=time.monotonic)
@@ -135,6 +137,7 @@ class RecordMiddleware:
         record = RequestRecord(
             scope["state"]["request_id"],
             scope["method"],
+            scope["path"],
             traceparent=None if traceparent is None else traceparent.decode("latin-1"),
         )
         scope["state"]["record"] = record

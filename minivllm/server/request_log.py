@@ -11,12 +11,9 @@ import logging
 import logging.handlers
 import sys
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
 
 from minivllm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from minivllm.server.record import RequestRecord
+from minivllm.server.record import UNKNOWN_ROUTE, RequestRecord
 
 QUIET_ROUTES = frozenset({"/health", "/ping", "/ready", "/metrics"})
 """Asked every few seconds by machines: only what isn't a 200 is worth a line."""
@@ -59,7 +56,7 @@ def describe(record: RequestRecord) -> dict[str, object]:
         "time": came.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "id": record.request_id,
         "method": record.method,
-        "route": record.route,
+        "route": record.path[:200] if record.route == UNKNOWN_ROUTE else record.route,
         "status": record.status,
         "client_left": record.client_left,
         "error": record.error,
