@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from prometheus_client import ProcessCollector
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, ProcessCollector, generate_latest
 from prometheus_client.core import CollectorRegistry, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from minivllm.config import BLOCK_SIZE, EngineConfig
@@ -273,8 +273,14 @@ class ServerMetrics(Collector):
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """All of it in the format that a client with this ``Accept`` header wants, and the format's name."""
-        encode, media_type = choose_encoder(accept)
-        return encode(self._registry), media_type
+        if "application/openmetrics-text" not in accept:
+            return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+        # Not prometheus-client's choose_encoder: where a client leaves open how names are to be escaped, it
+        # writes the colon of our names as an underscore, in the samples alone (its issue 1177).
+        content: bytes = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
+            self._registry, escaping=openmetrics.ALLOWUTF8
+        )
+        return content, openmetrics.CONTENT_TYPE_LATEST
 
     def collect(self) -> Iterable[Metric]:
         """prometheus-client's hook: all samples, as they are now."""
