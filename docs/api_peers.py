@@ -57,6 +57,7 @@ ROUTES: dict[str, tuple[str, str, str]] = {
     "GET /health": ("200 while requests can be served, else 503", "no", "differs: no body"),
     "GET /ping": ("the same", "no", "differs: no body"),
     "GET /version": ("minivllm's version", "no", "yes"),
+    "GET /metrics": ("what the server and its engine are doing, in numbers", "no", "differs: needs a key"),
     "GET /openapi.json": ("this, for machines", "no", "yes"),
 }
 """What a route is for, and whether OpenAI and vLLM have it."""

@@ -29,7 +29,8 @@ KEYS = ["first-secret", "second-secret"]
 SECRET_PROMPT = "my diary"
 ALL_FIELDS = {
     "time", "id", "method", "route", "status", "client_left", "error", "key", "total_ms", "model",
-    "answer_id", "stream", "n", "max_tokens", "prompt_tokens", "cached_tokens", "completion_tokens", "finish_reasons",
+    "answer_id", "stream", "n", "max_tokens", "prompt_tokens", "cached_tokens", "completion_tokens",
+    "finish_reasons",
     "preemptions", "prepare_ms", "queue_ms", "prefill_ms", "decode_ms",
 }  # fmt: skip
 
