@@ -24,8 +24,8 @@ With API keys, `/metrics` needs one: see [operations](operations.md#metrics-logs
 
 **Dashboards and alerts made for vLLM find their metrics with `--metrics-prefix vllm`**: names, types, labels
 and buckets are those of vLLM's engine (V1) wherever the meaning is the same. The last column says where it
-isn't; **own** is what vLLM doesn't have. A "sequence" is one sample of one prompt: `n` of them make the answer
-to one HTTP request.
+isn't; **own** is what vLLM doesn't have. A "sequence" is one sample of one prompt: `n` of them make the
+answer to one HTTP request.
 
 """
 DIFFERENCES = """\
@@ -39,8 +39,8 @@ DIFFERENCES = """\
   where the KV cache is full: what to change is in the label.
 - **Who gives up in the queue counts.** `request_queue_time_seconds` has them with all of the time that they
   waited; prefill and decode times have only sequences that came that far.
-- **More buckets, none less.** Times have finer buckets below vLLM's smallest (10 ms between tokens, 300 ms for
-  a request's phases), where a small model or a fast GPU has most of its observations.
+- **More buckets, none less.** Times have finer buckets below vLLM's smallest (10 ms between tokens, 300 ms
+  for a request's phases), where a small model or a fast GPU has most of its observations.
 - **Nothing that is always empty**: no metrics of LoRA, speculative decoding, multi-modal caches, KV transfer,
   or sleep. `prompt_tokens_by_source` would say what `prompt_tokens` and `prompt_tokens_cached` say.
 - `/metrics` needs a key where the other routes do.
