@@ -77,8 +77,8 @@ sanitize: .venv/installed-test
 	$(PIP) install --no-deps -r requirements-bench.lock
 	@touch $@
 
-.venv/installed-test: .venv/installed-bench requirements-test.lock
-	$(PIP) install --no-deps -r requirements-test.lock
+.venv/installed-test: .venv/installed-bench requirements-test.lock requirements-otel.lock
+	$(PIP) install --no-deps -r requirements-test.lock -r requirements-otel.lock
 	$(PIP) install --no-deps --upgrade --target .venv/openai-2 $(OPENAI_2)
 	@touch $@
 
