@@ -125,8 +125,19 @@ class EngineConfig:
         choices=("continuous", "sequential"),
     )
     num_parallel: int = option(1, "sequences that the sequential scheduler runs at once")
+    fairness: str = option(
+        "none",
+        "who of those that wait is next; none: first come, first served; keys: the API key that has been "
+        "served least",
+        choices=("none", "keys"),
+    )
     enable_prefix_caching: bool | None = option(
         None, "keep finished blocks and reuse them for prompts that begin alike (default: on when paged)"
+    )
+    trace: str | None = option(
+        None,
+        "a file to write every step to, as Chrome trace events: ui.perfetto.dev shows it, minivllm trace "
+        "summary explains it; what it held is lost (default: none)",
     )
 
     def __post_init__(self) -> None:
@@ -179,9 +190,9 @@ class ServerConfig:
     )
     api_key: tuple[str, ...] = option(
         (),
-        "keys, of which a request to any path but /health and /ping must bring one, as Authorization: "
-        "Bearer KEY; process lists show them, and neither --api-key-file nor the environment variable "
-        "MINIVLLM_API_KEY (one, or several with commas between)",
+        "keys, of which a request to any path but /health, /ping and /ready must bring one, as "
+        "Authorization: Bearer KEY; process lists show them, and neither --api-key-file nor the environment "
+        "variable MINIVLLM_API_KEY (one, or several with commas between)",
         is_secret=True,
     )
     api_key_file: str | None = option(
@@ -227,7 +238,19 @@ class ServerConfig:
     max_tokens_per_request: int | None = option(
         None, "most tokens that one request may sample: prompts x n x max_tokens (default: no limit)"
     )
+    max_waiting_requests: int | None = option(
+        None, "most requests that wait for the engine; more get 503 and Retry-After (default: no limit)"
+    )
+    max_waiting_tokens: int | None = option(
+        None, "most tokens that the prompts of waiting requests have together (default: no limit)"
+    )
+    key_tokens_per_minute: int | None = option(
+        None, "tokens, of prompts and answers, that each API key may use in a minute (default: no limit)"
+    )
     shutdown_timeout: float = option(30.0, "seconds that running requests get to finish after SIGTERM")
+    engine_stall_timeout: float = option(
+        120.0, "seconds without a step, while there is work, after which the engine is killed and restarted"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -247,9 +270,18 @@ class ServerConfig:
             for name in ("ssl_keyfile", "ssl_ca_certs"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{flag(name)} needs --ssl-certfile")
-        for name in ("max_body_size", "max_header_size", "max_header_count", "max_tokens_per_request"):
+        for name in (
+            "max_body_size",
+            "max_header_size",
+            "max_header_count",
+            "max_tokens_per_request",
+            "max_waiting_requests",
+            "max_waiting_tokens",
+            "key_tokens_per_minute",
+        ):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("shutdown_timeout", self.shutdown_timeout, 0)
+        _check_at_least("engine_stall_timeout", self.engine_stall_timeout, 0.1)
 
     def _check_origins(self) -> None:
         for origin in self.allowed_origins:

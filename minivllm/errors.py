@@ -6,16 +6,22 @@
     ├── InvalidRequestError  (also a ValueError)   400  the request can't be served as it is
     │   ├── ContextLengthError                     400  more tokens than the context holds
     │   ├── ModelNotFoundError                     404  no such model here
+    │   ├── RequestNotFoundError                   404  no such request is being answered
     │   ├── InvalidApiKeyError                     401  no API key, or a wrong one
     │   ├── BodyTooLargeError                      413  more bytes than --max-body-size
     │   └── HeadersTooLargeError                   431  over --max-header-size or --max-header-count
     ├── EngineDeadError                            500  the engine process is gone
     ├── RequestFailedError                         500  this request's step raised
+    ├── EngineRestartingError                      503  a new engine process is being started
+    ├── OverloadedError                            503  over --max-waiting-requests or --max-waiting-tokens
+    ├── RateLimitError                             429  over --key-tokens-per-minute
+    ├── DeadlineError                              504  not finished within the request's own timeout
     ├── ShuttingDownError                          503  the server drains
-    └── StartupError         (also a ValueError)    -   can't start: one clear line, exit code 1
-        ├── ConfigError                                 a flag or a combination of flags
-        ├── ModelLoadError                              a model's files
-        └── OutOfMemoryError                            doesn't fit; the message says what would
+    ├── StartupError         (also a ValueError)    -   can't start: one clear line, exit code 1
+    │   ├── ConfigError                                 a flag or a combination of flags
+    │   ├── ModelLoadError                              a model's files
+    │   └── OutOfMemoryError                            doesn't fit; the message says what would
+    └── TraceError           (also a ValueError)    -   a trace file can't be used, or what is asked of it
 
 Bad input is always one of these, never an ``assert`` (``python -O`` strips asserts).
 """
@@ -29,10 +35,14 @@ class MinivllmError(Exception):
     http_status = 500
     type = "internal_error"  # OpenAI's error type, in the envelope's "type"
     code: str | None = None  # OpenAI's error code, in the envelope's "code"
+    retry_after: int | None = None
+    """Seconds after which another try makes sense: the header Retry-After."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.message = message
+        if retry_after is not None:
+            self.retry_after = retry_after
 
 
 class InvalidRequestError(MinivllmError, ValueError):
@@ -57,6 +67,13 @@ class ModelNotFoundError(InvalidRequestError):
 
     http_status = 404
     code = "model_not_found"
+
+
+class RequestNotFoundError(InvalidRequestError):
+    """No request of that id is being answered."""
+
+    http_status = 404
+    code = "request_not_found"
 
 
 class InvalidApiKeyError(InvalidRequestError):
@@ -92,6 +109,39 @@ class RequestFailedError(MinivllmError):
     code = "request_failed"
 
 
+class EngineRestartingError(MinivllmError):
+    """The engine process ended, and another isn't ready yet."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "engine_restarting"
+    retry_after = 5
+
+
+class OverloadedError(MinivllmError):
+    """So much waits already that this request isn't taken in."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "overloaded"
+
+
+class RateLimitError(MinivllmError):
+    """This API key has used up its tokens for now."""
+
+    http_status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class DeadlineError(MinivllmError):
+    """The request couldn't be finished within the time that it gave."""
+
+    http_status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
+
+
 class ShuttingDownError(MinivllmError):
     """The server has been told to stop and takes no new requests."""
 
@@ -114,3 +164,7 @@ class ModelLoadError(StartupError):
 
 class OutOfMemoryError(StartupError):
     """Weights or KV cache don't fit. The message says what to change, and to what."""
+
+
+class TraceError(MinivllmError, ValueError):
+    """A trace file can't be read, isn't one, is cut short, or doesn't hold what was asked for."""

@@ -35,6 +35,7 @@ class FinishReason(str, Enum):
     LENGTH = "length"  # max_tokens reached, or the context is full
     ABORT = "abort"  # the client went away, or called abort
     ERROR = "error"  # the step that computed it raised
+    TIMEOUT = "timeout"  # its own deadline passed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,23 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """How a request is scheduled, whatever it asks for."""
+
+    priority: int = 0
+    """The lower, the sooner it is admitted."""
+    tenant: str = ""
+    """Whose it is, where tenants share an engine fairly."""
+    timeout: float | None = None
+    """Seconds from now after which nobody wants its answer any more."""
+    client_id: str | None = None
+    """What its client calls it, where it has a name of its own for it: for traces alone."""
+
+
+DEFAULT_TERMS = Terms()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """One sampled token's log probability under the model, before temperature and penalties."""
 
@@ -220,6 +238,10 @@ class Request:
     """Prompt and output together end here."""
     priority: int = 0
     """The lower, the sooner it is admitted."""
+    tenant: str = ""
+    """Whose it is."""
+    client_id: str | None = None
+    """What its client calls it, for traces alone."""
     end_token_ids: frozenset[int] = frozenset()
     """Any of these ends it, once it has more than ``min_tokens``. Set by the scheduler."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
@@ -335,10 +357,15 @@ class EngineStats:
     """What the first of the others waited for in the last step, and those behind it with it: as
     ``ScheduledBatch.waits_for``."""
 
+    @classmethod
+    def of_nothing(cls) -> EngineStats:
+        """Of an engine that doesn't run."""
+        return cls(0, 0, 0, 0, 0, 0, 0)
+
     @property
     def kv_cache_usage(self) -> float:
         """Share of the KV blocks that live sequences hold."""
-        return self.num_used_blocks / self.num_blocks
+        return self.num_used_blocks / max(self.num_blocks, 1)
 
 
 def check_request(prompt_token_ids: list[int], sampling: SamplingParams, info: EngineInfo) -> None:

@@ -19,7 +19,7 @@ import uvicorn
 
 from minivllm import cli
 from minivllm.config import EngineConfig, ServerConfig
-from minivllm.engine.client import EngineClient
+from minivllm.engine.supervisor import SupervisedEngine
 from minivllm.errors import ConfigError
 from minivllm.flags import Parser
 from minivllm.server.keys import ApiKeys, load_api_keys
@@ -81,7 +81,7 @@ async def serve(
             logger.warning(
                 "no --api-key: whoever reaches %s can use the model", server_config.host or "any interface"
             )
-        engine = await EngineClient.spawn()
+        engine = await SupervisedEngine.spawn()
         try:
             # Imported while the engine process imports torch: it takes half a second.
             from minivllm.server.app import create_app
@@ -98,7 +98,10 @@ async def serve(
             template = None if server_config.chat_template is None else Path(server_config.chat_template)
             tokenizer, _ = await asyncio.gather(
                 asyncio.to_thread(load_tokenizer, files, chat_template=template),
-                engine.start(replace(engine_config, model=str(files.path), revision=None)),
+                engine.start(
+                    replace(engine_config, model=str(files.path), revision=None),
+                    stall_timeout=server_config.engine_stall_timeout,
+                ),
             )
             state = ServerState()
             name = server_config.served_model_name or files.name
@@ -110,7 +113,7 @@ async def serve(
                 config=engine_config,
                 is_alive=lambda: engine.is_alive,
             )
-            engine.on_step = metrics.step_done
+            engine.observe(metrics)
             app = create_app(
                 engine,
                 tokenizer,
@@ -153,7 +156,7 @@ def _observers(config: ServerConfig) -> Iterator[list[OnRequestEnd]]:
         yield observers
 
 
-async def _drain(engine: EngineClient, timeout: float) -> None:
+async def _drain(engine: SupervisedEngine, timeout: float) -> None:
     """Let running requests finish; after ``timeout`` seconds, end them with an error."""
     logger.info("stopping: %d requests have up to %g s to finish", engine.num_requests, timeout)
     try:

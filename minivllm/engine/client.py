@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Callable
 
 import msgspec
@@ -18,13 +19,22 @@ from minivllm.child import child_environment
 from minivllm.config import EngineConfig
 from minivllm.engine import messages
 from minivllm.errors import (
+    DeadlineError,
     EngineDeadError,
     MinivllmError,
     RequestFailedError,
     ShuttingDownError,
     StartupError,
 )
-from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason, SamplingParams
+from minivllm.request import (
+    DEFAULT_TERMS,
+    EngineEvent,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+    Terms,
+)
 
 _LONGEST_SOCKET_DIRECTORY = 80  # a Unix socket's path has at most about 100 bytes
 
@@ -53,7 +63,12 @@ class EngineClient:
         self._queues: dict[str, asyncio.Queue[EngineEvent | MinivllmError]] = {}
         self._is_idle = asyncio.Event()
         self._is_idle.set()
-        self._stats: EngineStats
+        self._stats = EngineStats.of_nothing()
+        self._last_sign = 0.0  # when it made a step, or got work while it had none
+        self._has_stalled = False
+        self._stall_timeout = 0.0
+        self.has_finished_any = False
+        """Whether it has brought any request to its end."""
         self._tasks: list[asyncio.Task[None]] = []
         self._is_closed = False
 
@@ -79,12 +94,16 @@ class EngineClient:
             raise
         return cls(directory, process)
 
-    async def start(self, config: EngineConfig) -> None:
+    async def start(self, config: EngineConfig, *, stall_timeout: float = 60.0) -> None:
         """Have the process load a model, and wait until it can serve.
+
+        Args:
+            stall_timeout: seconds without a step, while there is work, after which the process is killed.
 
         Raises:
             StartupError: it can't; the message is the engine's own.
         """
+        self._stall_timeout = stall_timeout
         stdin = self._process.stdin
         if stdin is None:
             raise StartupError("the engine process has no standard input")
@@ -107,12 +126,24 @@ class EngineClient:
             raise StartupError(message.message)
         if isinstance(message, messages.Ready):
             self.info, self._stats = message.info, message.stats
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        self._tasks = [
+            asyncio.create_task(self._receive()),
+            asyncio.create_task(self._watch()),
+        ]
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine process runs and takes requests."""
-        return not self._is_closed and self._process.returncode is None
+        """Whether the engine process runs and hasn't been given up."""
+        return not (self._is_closed or self._has_stalled) and self._process.returncode is None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes requests."""
+        return self.is_alive and bool(self._tasks)
+
+    async def wait_until_dead(self) -> None:
+        """Return when the process has ended, by itself or because it hung, and its requests have failed."""
+        await asyncio.shield(self._tasks[1])
 
     @property
     def num_requests(self) -> int:
@@ -129,7 +160,11 @@ class EngineClient:
         return self._stats
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        terms: Terms = DEFAULT_TERMS,
     ) -> AsyncGenerator[EngineEvent, None]:
         """Run one request that :func:`minivllm.request.check_request` has let through.
 
@@ -138,15 +173,18 @@ class EngineClient:
 
         Raises:
             RequestFailedError: the engine failed while it computed this request.
+            DeadlineError: it wasn't finished within ``terms.timeout``.
             EngineDeadError: the engine process died.
             ShuttingDownError: :meth:`close` was called.
         """
         if not self.is_alive:
-            raise self._death()
+            raise self.death
         queue: asyncio.Queue[EngineEvent | MinivllmError] = asyncio.Queue()
+        if not self._queues:
+            self._last_sign = time.monotonic()
         self._queues[request_id] = queue
         self._is_idle.clear()
-        self._send(messages.AddRequest(request_id, prompt_token_ids, sampling, priority))
+        self._send(messages.AddRequest(request_id, prompt_token_ids, sampling, terms))
         is_finished = False
         try:
             while not is_finished:
@@ -155,6 +193,8 @@ class EngineClient:
                     is_finished = True
                     raise event
                 is_finished = event.finish_reason is not None
+                if event.finish_reason is FinishReason.TIMEOUT:
+                    raise DeadlineError("the request wasn't finished within the timeout that it gave")
                 if event.finish_reason is FinishReason.ERROR:
                     raise RequestFailedError(f"the engine failed on this request: {event.error}")
                 yield event
@@ -185,24 +225,43 @@ class EngineClient:
             message = messages.decode_from_engine(await self._events.recv())
             if isinstance(message, messages.StepEvents):
                 self._stats = message.stats
+                self._last_sign = time.monotonic()
                 if self.on_step is not None:
                     self.on_step(message)
                 for event in message.events:
+                    self.has_finished_any |= event.finish_reason is not None
                     # An aborted request's last events find nobody.
                     if event.request_id in self._queues:
                         self._queues[event.request_id].put_nowait(event)
 
     async def _watch(self) -> None:
-        await self._process.wait()
+        stall_timeout = self._stall_timeout
+        died = asyncio.create_task(self._process.wait())
+        try:
+            while not died.done():
+                await asyncio.wait({died}, timeout=min(1.0, stall_timeout / 4))
+                if self._queues and time.monotonic() - self._last_sign > stall_timeout and self.is_alive:
+                    self._has_stalled = True
+                    with contextlib.suppress(ProcessLookupError):
+                        self._process.kill()
+        finally:
+            died.cancel()
         self._fail_all()
 
     def _fail_all(self) -> None:
         for queue in self._queues.values():
-            queue.put_nowait(self._death())
+            queue.put_nowait(self.death)
 
-    def _death(self) -> MinivllmError:
+    @property
+    def death(self) -> MinivllmError:
+        """Why it serves no more."""
         if self._is_closed:
             return ShuttingDownError("the server was stopped before this request was finished")
+        if self._has_stalled:
+            return EngineDeadError(
+                f"the engine process made no step for {self._stall_timeout:g} s while it had work, "
+                "and was killed"
+            )
         return EngineDeadError(f"the engine process ended with code {self._process.returncode}")
 
     def _send(self, message: messages.ToEngine) -> None:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from minivllm.config import EngineConfig
@@ -24,8 +26,18 @@ from minivllm.engine.scheduler import (
     SequentialScheduler,
 )
 from minivllm.engine.steps import Sink, StepRecord, StepRecorder
+from minivllm.engine.waiting import FairQueue, WaitingQueue
 from minivllm.errors import InvalidRequestError
-from minivllm.request import EngineEvent, EngineInfo, EngineStats, Request, RequestMetrics, SamplingParams
+from minivllm.request import (
+    DEFAULT_TERMS,
+    EngineEvent,
+    EngineInfo,
+    EngineStats,
+    Request,
+    RequestMetrics,
+    SamplingParams,
+    Terms,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +101,14 @@ class Engine:
             "continuous": ContinuousScheduler,
             "sequential": SequentialScheduler,
         }
-        self.scheduler = schedulers[config.scheduler](self.block_manager, limits, clock)
+        waiting = FairQueue() if config.fairness == "keys" else WaitingQueue()
+        self.scheduler = schedulers[config.scheduler](self.block_manager, limits, clock, waiting)
         self._requests: dict[str, Request] = {}
         self._compiling: dict[Request, GrammarState] = {}
         """Requests that aren't in the scheduler's queue yet, because their grammars are being compiled."""
+        self._deadlines: list[tuple[float, int, Request]] = []
+        """A heap of deadlines, with a number that settles ties; of requests that have ended, too."""
+        self._numbers = itertools.count()
         self._in_flight: deque[_Step] = deque()
         """Steps that were started and whose tokens haven't been taken in, oldest first."""
         self._num_step_tokens = 0
@@ -105,11 +121,13 @@ class Engine:
         return self.scheduler.has_work or bool(self._in_flight) or bool(self._compiling)
 
     def add(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        terms: Terms = DEFAULT_TERMS,
     ) -> None:
         """Queue a request that :func:`minivllm.request.check_request` has let through.
-
-        Of those that wait, the one of the lowest ``priority`` is admitted first.
 
         Raises:
             InvalidRequestError: the id is taken, the sequence could never fit into the KV pool, or a
@@ -131,7 +149,9 @@ class Engine:
             sampling,
             seed=self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed,
             max_total_tokens=max_total_tokens,
-            priority=priority,
+            priority=terms.priority,
+            tenant=terms.tenant,
+            client_id=terms.client_id,
             metrics=RequestMetrics(arrival_time=self.clock()),
         )
         if sampling.grammar is None:
@@ -141,19 +161,18 @@ class Engine:
         else:
             request.grammar = self._compiling[request] = self.grammars.begin(sampling.grammar)
         self._requests[request_id] = request
+        if terms.timeout is not None:
+            deadline = request.metrics.arrival_time + terms.timeout
+            heappush(self._deadlines, (deadline, next(self._numbers), request))
 
     def abort(self, request_id: str) -> EngineEvent | None:
         """End a request now. None if it has ended already."""
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
-        if self._compiling.pop(request, None) is not None:
-            self._queue(request)
-        event = self.scheduler.abort(request)
-        if self._recorder is not None:
-            self._recorder.ended(event)
-            if not self.has_work:
-                self._recorder.open(self.clock(), ScheduledBatch([]), self.stats())  # no step may follow
+        event = self._withdraw(request, self.scheduler.abort)
+        if self._recorder is not None and not self.has_work:
+            self._recorder.open(self.clock(), ScheduledBatch([]), self.stats())  # no step may follow
         return event
 
     def step(self) -> list[EngineEvent]:
@@ -163,6 +182,8 @@ class Engine:
         requests only.
         """
         events = self._queue_compiled()
+        if self._deadlines:
+            events += self._drop_late()
         if self._in_flight and self._in_flight[0].batch.reads_output:
             events += self._take_in()
         start = self.clock()
@@ -200,9 +221,31 @@ class Engine:
                     self._recorder.ended(events[-1])
         return events
 
+    def _drop_late(self) -> list[EngineEvent]:
+        """End the requests whose deadlines have passed, before anybody is evicted for them."""
+        events = []
+        while self._deadlines and self._deadlines[0][0] <= self.clock():
+            request = heappop(self._deadlines)[-1]
+            if not request.is_finished:
+                events.append(self._withdraw(request, self.scheduler.expire))
+        return events
+
+    def _withdraw(self, request: Request, end: Callable[[Request], EngineEvent]) -> EngineEvent:
+        """End a request wherever it is."""
+        if self._compiling.pop(request, None) is not None:
+            self._queue(request)
+        event = end(request)
+        if self._recorder is not None:
+            self._recorder.ended(event)
+        return event
+
     def _start(self, batch: ScheduledBatch, record: StepRecord | None) -> list[EngineEvent]:
         try:
             tokens = self.runner.execute(batch)
+        except MemoryError as error:
+            if batch.num_tokens == 1:
+                return self._fail(batch, record, error)
+            return self._shrink(batch, record, error)
         except Exception as error:
             return self._fail(batch, record, error)
         self._num_step_tokens += batch.num_tokens
@@ -234,6 +277,23 @@ class Engine:
         if self._recorder is not None and record is not None:
             self._recorder.fail(record, events, message)
         return events
+
+    def _shrink(
+        self, batch: ScheduledBatch, record: StepRecord | None, error: MemoryError
+    ) -> list[EngineEvent]:
+        """A step didn't fit into memory: from now on steps have half as many tokens, and nobody fails."""
+        evicted = self.scheduler.take_back(batch)
+        if self._recorder is not None and record is not None:
+            self._recorder.take_back(record, evicted)
+        self.scheduler.max_num_batched_tokens = batch.num_tokens // 2
+        logger.warning(
+            "a step of %d tokens didn't fit into memory (%s): from now on steps have at most %d; "
+            "set --max-num-batched-tokens to that, or lower --gpu-memory-utilization",
+            batch.num_tokens,
+            error,
+            self.scheduler.max_num_batched_tokens,
+        )
+        return []
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from minivllm.request import EngineEvent, EngineInfo, EngineStats, SamplingParams
+from minivllm.request import EngineEvent, EngineInfo, EngineStats, SamplingParams, Terms
 
 
 class AddRequest(msgspec.Struct, tag=True):
@@ -13,7 +13,7 @@ class AddRequest(msgspec.Struct, tag=True):
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    priority: int = 0
+    terms: Terms
 
 
 class AbortRequest(msgspec.Struct, tag=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import shutil
 import signal
 import sys
 import time
@@ -58,6 +59,7 @@ def main(directory: str) -> int:
     events.send(messages.encode(messages.Ready(engine.info, engine.stats())))
     serve(engine, requests, events)
     context.destroy(linger=0)
+    shutil.rmtree(directory, ignore_errors=True)  # the parent would, but it may have been killed
     return 0
 
 
@@ -98,7 +100,7 @@ def _handle(engine: Engine, message: messages.ToEngine) -> list[EngineEvent]:
         event = engine.abort(message.request_id)
         return [] if event is None else [event]
     try:
-        engine.add(message.request_id, message.prompt_token_ids, message.sampling, priority=message.priority)
+        engine.add(message.request_id, message.prompt_token_ids, message.sampling, message.terms)
     except InvalidRequestError as error:
         return [EngineEvent(message.request_id, [], finish_reason=FinishReason.ERROR, error=str(error))]
     return []

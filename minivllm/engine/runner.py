@@ -29,7 +29,11 @@ class Runner(Protocol):
     """Whether a step may be started before the tokens of the one before it are known to the host."""
 
     def execute(self, batch: ScheduledBatch) -> PendingTokens:
-        """Start the step. Where a sequence ends in :data:`PENDING_TOKEN`, the last step's token goes in."""
+        """Start the step. Where a sequence ends in :data:`PENDING_TOKEN`, the last step's token goes in.
+
+        Raises:
+            MemoryError: a smaller step may still fit. Nothing has happened then that another try could see.
+        """
 
 
 class TorchRunner:
@@ -63,7 +67,17 @@ class TorchRunner:
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> PendingTokens:
-        """Flat tensors → logits → tokens. Mutates the KV pool, nothing else."""
+        """Flat tensors → logits → tokens. Mutates the KV pool, nothing else.
+
+        Raises:
+            MemoryError: the GPU has too little left for a step of this size.
+        """
+        try:
+            return self._execute(batch)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error).split(".")[0]) from error
+
+    def _execute(self, batch: ScheduledBatch) -> PendingTokens:
         requests = batch.sampled_requests()
         pending_mask = None if self.grammars is None else self.grammars.start_mask(requests)
         flat = FlatBatch.build(batch, self.model.placement.device, self._last_rows)

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.waiting import WaitingQueue
 from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, Request, TokenLogprob
 
 
@@ -105,11 +105,14 @@ class Scheduler(ABC):
         block_manager: BlockManager,
         limits: SchedulerLimits,
         clock: Callable[[], float] = time.monotonic,
+        waiting: WaitingQueue | None = None,
     ) -> None:
         self.block_manager = block_manager
         self.limits = limits
         self.clock = clock
-        self.waiting: deque[Request] = deque()
+        self.max_num_batched_tokens = limits.max_num_batched_tokens
+        """Most tokens in the next step: fewer than the limit once a step didn't fit into memory."""
+        self.waiting = WaitingQueue() if waiting is None else waiting
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
 
@@ -126,16 +129,13 @@ class Scheduler(ABC):
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """Put a new request at the end of the queue, or before those of a higher ``priority`` number."""
+        """Let a new request wait for its turn."""
         sampling = request.sampling
         # A grammar's mask lets the end of a turn through where nothing else can follow.
         ignores_eos = sampling.ignore_eos and sampling.grammar is None
         eos_token_ids = frozenset() if ignores_eos else self.limits.eos_token_ids
         request.end_token_ids = eos_token_ids.union(sampling.stop_token_ids)
-        position = len(self.waiting)
-        while position > 0 and self.waiting[position - 1].priority > request.priority:
-            position -= 1
-        self.waiting.insert(position, request)
+        self.waiting.add(request)
 
     def abort(self, request: Request) -> EngineEvent:
         """End a waiting or running request now; its blocks are free when this returns."""
@@ -145,12 +145,16 @@ class Scheduler(ABC):
         """End a waiting request that can't be served after all."""
         return self._finish(request, [], FinishReason.ERROR, error=error)
 
+    def expire(self, request: Request) -> EngineEvent:
+        """End a waiting or running request whose deadline has passed."""
+        return self._finish(request, [], FinishReason.TIMEOUT)
+
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's work and allocate its blocks.
 
         Empty only if there is no work, or if all that runs waits for tokens of the step before.
         """
-        budget = self.limits.max_num_batched_tokens
+        budget = self.max_num_batched_tokens
         grow, commit = self.block_manager.grow, self.block_manager.commit
         scheduled: dict[Request, ScheduledRequest] = {}
         evicted: list[tuple[Request, int]] = []
@@ -180,15 +184,16 @@ class Scheduler(ABC):
 
         num_kept, waits_for = len(scheduled), None
         while self.waiting:
-            request = self.waiting[0]
+            request = self.waiting.first()
             waits_for = self._admit(request, budget)
             if waits_for is not None:
                 break
-            self.waiting.popleft()
+            self.waiting.remove(request)
             self.running.append(request)
             if request.metrics.first_scheduled_time == 0.0:
                 request.metrics.first_scheduled_time = self.clock()
                 request.metrics.num_cached_tokens = request.num_computed_tokens
+                self.waiting.charge_prompt(request)
             num_tokens = min(request.num_uncomputed_tokens, budget)
             scheduled[request] = ScheduledRequest(request, num_tokens)
             commit(request, num_tokens)  # the next one may begin alike
@@ -223,9 +228,11 @@ class Scheduler(ABC):
             sampled: one for each request of the batch; None where its prompt isn't through yet.
 
         Returns:
-            One event for each request that got a token. A request that has ended since gets none.
+            One event for each request that got a token, and one without tokens for each whose prompt was
+            begun and isn't through yet. A request that has ended since gets none.
         """
         events = []
+        self.waiting.charge_outputs(item.request for item in batch.requests if item.is_sampled)
         for item, token in zip(batch.requests, sampled, strict=True):
             request = item.request
             if request.is_finished:
@@ -233,6 +240,8 @@ class Scheduler(ABC):
             if item.prompt_logprobs is not None:
                 request.prompt_logprobs[item.start :] = item.prompt_logprobs
             if token is None:
+                if item.start == request.metrics.num_cached_tokens:
+                    events.append(EngineEvent(request.request_id, []))  # it doesn't wait any more
                 continue
             if token.error is not None:
                 events.append(self._finish(request, [], FinishReason.ERROR, error=token.error))
@@ -262,12 +271,31 @@ class Scheduler(ABC):
             return True  # the grammar's mask lets none through that comes too early
         return num_output_tokens > request.sampling.min_tokens  # the sampler masks them before that
 
+    def take_back(self, batch: ScheduledBatch) -> list[tuple[Request, int]]:
+        """Evict the requests of a step that couldn't run: they are computed again in others.
+
+        All of them lose their blocks, since one may share what another was to compute in that step.
+
+        Returns:
+            As :attr:`ScheduledBatch.evicted`.
+        """
+        self._roll_back(batch)
+        requests = {item.request for item in batch.requests}
+        evicted = [(r, r.num_computed_tokens) for r in reversed(self.running) if r in requests]
+        for request, _ in evicted:
+            self.running.remove(request)
+            self._preempt(request)
+        return evicted
+
+    def _roll_back(self, batch: ScheduledBatch) -> None:
+        for item in batch.requests:
+            if not item.request.is_finished and item.request.block_table:
+                self.block_manager.roll_back(item.request, item.start)
+
     def fail(self, batch: ScheduledBatch, error: str) -> list[EngineEvent]:
         """End the requests of a step that raised; nobody else is touched."""
+        self._roll_back(batch)
         items = [item for item in batch.requests if not item.request.is_finished]
-        for item in items:
-            if item.request.block_table:
-                self.block_manager.roll_back(item.request, item.start)
         return [self._finish(item.request, [], FinishReason.ERROR, error=error) for item in items]
 
     def check_integrity(self) -> None:
@@ -286,7 +314,7 @@ class Scheduler(ABC):
         self.block_manager.free(victim)
         victim.metrics.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(victim)
+        self.waiting.add_evicted(victim)
 
     def _finish(
         self,

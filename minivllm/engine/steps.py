@@ -7,7 +7,7 @@ record is plain data: ids, counts, and moments in seconds of the engine's clock.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,6 +26,13 @@ class Arrival(NamedTuple):
     num_prompt_tokens: int
     max_new_tokens: int
     priority: int
+    client_id: str | None = None
+    """What its client calls it, where it has a name of its own for it; not always unique."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All that it goes by."""
+        return (self.request_id,) if self.client_id is None else (self.request_id, self.client_id)
 
 
 class Admission(NamedTuple):
@@ -184,6 +191,7 @@ class StepRecorder:
                 request.num_prompt_tokens,
                 request.max_total_tokens - request.num_prompt_tokens,
                 request.priority,
+                request.client_id,
             )
         )
 
@@ -210,9 +218,7 @@ class StepRecorder:
         record.admitted = [
             Admission(item.request.request_id, item.start) for item in batch.requests[num_kept:]
         ]
-        record.evicted = [
-            Eviction(request.request_id, num_computed) for request, num_computed in batch.evicted
-        ]
+        record.evicted = _evictions(batch.evicted)
         record.waits_for = batch.waits_for
         record.num_waiting = stats.num_waiting
         record.num_running = stats.num_running
@@ -226,9 +232,9 @@ class StepRecorder:
         """The step is over, and this is what it brought."""
         record.ended += _endings(events)
         num_sampled = len(record.decodes) + sum(item.is_last for item in record.prefills)
-        if len(events) < num_sampled:
+        told = {event.request_id for event in events if event.new_token_ids or event.finish_reason}
+        if len(told) < num_sampled:
             sampled = [*record.decodes, *(item.request_id for item in record.prefills if item.is_last)]
-            told = {event.request_id for event in events}
             record.dropped = [request_id for request_id in sampled if request_id not in told]
         record.device_start = max(record.execute_time, self._device_free_time)
         self._device_free_time = record.tokens_time
@@ -238,6 +244,12 @@ class StepRecorder:
             for sink in self.sinks:
                 sink(done)
 
+    def take_back(self, record: StepRecord, evicted: list[tuple[Request, int]]) -> None:
+        """The step didn't fit into memory: nothing was computed, and its requests were evicted."""
+        record.decodes, record.prefills = {}, []
+        record.evicted += _evictions(evicted)
+        self.fail(record, [], None)
+
     def fail(self, record: StepRecord, events: list[EngineEvent], error: str | None) -> None:
         """The step is over, without tokens."""
         now = self.clock()
@@ -246,6 +258,10 @@ class StepRecorder:
         record.tokens_time = now
         record.error = error
         self.close(record, events)
+
+
+def _evictions(evicted: Iterable[tuple[Request, int]]) -> list[Eviction]:
+    return [Eviction(request.request_id, num_computed) for request, num_computed in evicted]
 
 
 def _endings(events: list[EngineEvent]) -> list[Ending]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from minivllm.completion import CompletionDelta
-from minivllm.request import CompletionOutput, FinishReason, TokenLogprob
+from minivllm.request import CompletionOutput, FinishReason, Terms, TokenLogprob
+from minivllm.server.admission import Ticket
 from minivllm.server.context import ServerContext
 from minivllm.server.formats import Choice, Format, Logprobs
 from minivllm.server.generation import OnDelta, Sample, run_samples
@@ -28,6 +29,8 @@ class Answer:
     samples: list[Sample]
     samples_per_prompt: int
     record: RequestRecord
+    ticket: Ticket
+    terms: Terms
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def whole(self) -> dict[str, object]:
@@ -83,7 +86,8 @@ class Answer:
         return await run_samples(
             self.context,
             self.samples,
-            self.body.priority,
+            self.ticket,
+            self.terms,
             self.wording.shown_token_ids,
             self.record,
             on_delta,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -12,20 +12,22 @@ from starlette.types import ASGIApp
 
 import minivllm
 from minivllm.config import ServerConfig
-from minivllm.errors import EngineDeadError, InvalidRequestError
+from minivllm.errors import InvalidRequestError, MinivllmError, RequestNotFoundError
+from minivllm.server.admission import WaitingRoom
 from minivllm.server.body import JsonRoute
 from minivllm.server.chat import ChatStyle
 from minivllm.server.context import Engine, ServerContext, ServerState
 from minivllm.server.door import guard
-from minivllm.server.errors import add_error_handlers, error_response
+from minivllm.server.errors import add_error_handlers
 from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.keys import ApiKeys
 from minivllm.server.lenient import LenientRoute
 from minivllm.server.metrics import ServerMetrics
 from minivllm.server.openai import openai_router
 from minivllm.server.protocol import DetokenizeRequest, TokenizeRequest
+from minivllm.server.rate_limit import TokenRateLimit
 from minivllm.server.record import OnRequestEnd
-from minivllm.server.responses import Detokenized, ErrorEnvelope, Health, Tokenized, Version
+from minivllm.server.responses import Detokenized, ErrorEnvelope, Health, QueuePosition, Tokenized, Version
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 
@@ -54,9 +56,10 @@ def create_app(
         metrics: told of the engine's steps by the caller. None: some of its own, that nobody tells.
         on_request_end: who else is told, with the metrics, what became of each HTTP request.
     """
-    metrics = metrics or ServerMetrics(
-        server_config.metrics_prefix, model_name, engine.info, engine.stats, is_alive=lambda: engine.is_alive
-    )
+    metrics = metrics or ServerMetrics(server_config.metrics_prefix, model_name, engine.info, engine.stats)
+    room = WaitingRoom(server_config.max_waiting_requests, server_config.max_waiting_tokens)
+    rate = server_config.key_tokens_per_minute
+    rate_limit = None if rate is None else TokenRateLimit(rate)
     context = ServerContext(
         engine,
         tokenizer,
@@ -65,11 +68,14 @@ def create_app(
         ChatStyle.of(tokenizer, server_config),
         grammars or GrammarChecker(tokenizer, engine.info.vocab_size),
         metrics,
+        room,
+        rate_limit,
         keeps_prompts=server_config.log_prompts,
         max_tokens_per_request=server_config.max_tokens_per_request,
     )
+    on_request_end = [metrics.request_done, *on_request_end]
     app = _GuardedApp(
-        lambda app: guard(app, server_config, api_keys, [metrics.request_done, *on_request_end]),
+        lambda app: guard(app, server_config, api_keys, room, rate_limit, on_request_end),
         title="minivllm",
         version=minivllm.__version__,
         docs_url=None,  # a page that would load its scripts from elsewhere
@@ -107,18 +113,32 @@ def _own_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRout
     @router.get("/health", response_model=Health)
     @router.get("/ping", response_model=Health)  # the name that some load balancers insist on
     async def health() -> Response:
-        try:
-            context.check_ready()
-        except EngineDeadError as error:
-            return error_response(error, status_code=503)  # load balancers know 503 as "send nothing here"
-        stats = context.engine.stats
-        answer: Health = {
-            "status": "ok",
-            "num_running": stats.num_running,
-            "num_waiting": stats.num_waiting,
-            "kv_cache_usage": stats.kv_cache_usage,
+        """Whether this process lives; 503 when its engine keeps failing, so that it should be replaced."""
+        status = _status(context)
+        is_well = status in ("ok", "draining") or not context.engine.is_hopeless
+        return JSONResponse(_health(context, status), status_code=200 if is_well else 503)
+
+    @router.get("/ready", response_model=Health)
+    async def ready() -> Response:
+        """Whether a request sent now would be served; 503 tells load balancers to send none."""
+        status = _status(context)
+        return JSONResponse(_health(context, status), status_code=200 if status == "ok" else 503)
+
+    @router.get("/v1/queue/{request_id}")
+    async def queue_position(request_id: str, request: Request) -> QueuePosition:
+        """Where one of the caller's own requests stands, by its X-Request-Id or the id of its answer."""
+        ticket = context.room.find(request_id, getattr(request.state, "key_name", ""))
+        if ticket is None:
+            raise RequestNotFoundError(f"no request {request_id[:200]!r} is being answered")
+        waiting = context.room.waiting()
+        position = waiting.index(ticket) + 1 if ticket.is_waiting else 0
+        return {
+            "id": request_id,
+            "status": "waiting" if ticket.is_waiting else "running",
+            "position": position,
+            "num_waiting": len(waiting),
+            "estimated_start_seconds": context.room.seconds_until_start(position),
         }
-        return JSONResponse(answer)
 
     # Not in /openapi.json: a client of the API has no use for it, and its format isn't JSON.
     @router.get("/metrics", include_in_schema=False)
@@ -161,3 +181,23 @@ def _own_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRout
         return {"prompt": await asyncio.to_thread(decode)}
 
     return router
+
+
+def _status(context: ServerContext) -> Literal["ok", "draining", "restarting"]:
+    if context.state.is_draining:
+        return "draining"
+    try:
+        context.engine.check_alive()
+    except MinivllmError:
+        return "restarting"
+    return "ok"
+
+
+def _health(context: ServerContext, status: Literal["ok", "draining", "restarting"]) -> Health:
+    stats = context.engine.stats
+    return {
+        "status": status,
+        "num_running": stats.num_running,
+        "num_waiting": stats.num_waiting,
+        "kv_cache_usage": stats.kv_cache_usage,
+    }

@@ -1,4 +1,4 @@
-"""The check of API keys. It knows no routes: whatever is not one of two exact paths needs a key."""
+"""The check of API keys. It knows no routes: whatever is not one of three exact paths needs a key."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minivllm.errors import InvalidApiKeyError
 from minivllm.server.keys import ApiKeys
-from minivllm.server.record import record_of
 from minivllm.server.refusal import refuse
 
-PUBLIC_PATHS = frozenset({b"/health", b"/ping"})
+PUBLIC_PATHS = frozenset({b"/health", b"/ping", b"/ready"})
 """Compared with the path's bytes as they were sent, before anything is decoded or normalised: another
 spelling, even one that a router or a proxy might take for the same path, needs a key."""
 
@@ -36,6 +35,7 @@ class ApiKeyMiddleware:
             await send({"type": "websocket.close", "code": 1008})  # policy violation
 
     def _reason_to_refuse(self, scope: Scope) -> str | None:
+        """None for a request with a key, whose name is then ``request.state.key_name``."""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         if not values:
             return "an API key is required, in the header Authorization: Bearer KEY"
@@ -44,9 +44,8 @@ class ApiKeyMiddleware:
         scheme, _, key = values[0].partition(b" ")
         if scheme.lower() != b"bearer":
             return "the Authorization header must have the form Bearer KEY"
-        number = self.api_keys.number_of(key.strip(b" "))
-        if number == 0:
+        name = self.api_keys.name_of(key.strip(b" "))
+        if name is None:
             return "this API key is not known here"
-        if scope["type"] == "http":
-            record_of(scope).key_number = number
+        scope.setdefault("state", {})["key_name"] = name
         return None

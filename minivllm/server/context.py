@@ -7,27 +7,36 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from minivllm.errors import EngineDeadError, ModelNotFoundError, ShuttingDownError
-from minivllm.request import EngineEvent, EngineInfo, EngineStats, SamplingParams
+from minivllm.errors import ModelNotFoundError, ShuttingDownError
+from minivllm.request import DEFAULT_TERMS, EngineEvent, EngineInfo, EngineStats, SamplingParams, Terms
+from minivllm.server.admission import WaitingRoom
 from minivllm.server.chat import ChatStyle
 from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.metrics import ServerMetrics
+from minivllm.server.rate_limit import TokenRateLimit
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 
 class Engine(Protocol):
-    """What the server asks of an engine; ``minivllm.engine.client.EngineClient`` is one."""
+    """What the server asks of an engine; ``minivllm.engine.supervisor.SupervisedEngine`` is one."""
 
     @property
     def info(self) -> EngineInfo:
         """What a request is checked against."""
 
+    def check_alive(self) -> None:
+        """Raise why no request can be served at this moment, if none can."""
+
     @property
-    def is_alive(self) -> bool:
-        """Whether requests can still be served."""
+    def is_hopeless(self) -> bool:
+        """Whether it keeps failing, so that somebody should look."""
 
     def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        terms: Terms = DEFAULT_TERMS,
     ) -> AsyncGenerator[EngineEvent, None]:
         """A request's events, the last with its finish reason; closing it early aborts the request."""
 
@@ -57,6 +66,8 @@ class ServerContext:
     """How the model writes tool calls and reasoning."""
     grammars: GrammarChecker
     metrics: ServerMetrics
+    room: WaitingRoom
+    rate_limit: TokenRateLimit | None
     max_tokens_per_request: int | None = None
     """Most tokens that all samples of one request may have together."""
     keeps_prompts: bool = False
@@ -76,5 +87,4 @@ class ServerContext:
         """Raise what keeps the server from taking a new request, if anything does."""
         if self.state.is_draining:
             raise ShuttingDownError("the server is shutting down and takes no new requests")
-        if not self.engine.is_alive:
-            raise EngineDeadError("the engine has stopped; the server must be restarted")
+        self.engine.check_alive()

@@ -1,8 +1,8 @@
-"""What a request passes before it reaches a route, in this order: id, record, CORS, head, key, body.
+"""What a request passes before it reaches a route: id, record, CORS, head, key, body, waiting room.
 
 The id comes first, so that every answer carries one, and the record second, so that none is left out. CORS
 comes before the key: a browser asks for leave before it sends the key, and must be able to read a 401. The
-body is read last, and only from those who may.
+body is read only from those who may send one, and only who has sent it all may wait.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minivllm.config import ServerConfig, format_size
 from minivllm.errors import HeadersTooLargeError
+from minivllm.server.admission import AdmissionMiddleware, WaitingRoom
 from minivllm.server.auth import ApiKeyMiddleware
 from minivllm.server.body import BodyLimitMiddleware
 from minivllm.server.keys import ApiKeys
+from minivllm.server.rate_limit import TokenRateLimit
 from minivllm.server.record import OnRequestEnd, RecordMiddleware
 from minivllm.server.refusal import refuse
 from minivllm.server.request_id import HEADER, RequestIdMiddleware
@@ -26,10 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 def guard(
-    app: ASGIApp, config: ServerConfig, api_keys: ApiKeys | None, on_request_end: Sequence[OnRequestEnd]
+    app: ASGIApp,
+    config: ServerConfig,
+    api_keys: ApiKeys | None,
+    room: WaitingRoom,
+    rate_limit: TokenRateLimit | None,
+    on_request_end: Sequence[OnRequestEnd],
 ) -> ASGIApp:
     """``app`` behind the checks that ``config`` asks for."""
-    app = BodyLimitMiddleware(FailureLogMiddleware(app), config.max_body_size)
+    app = AdmissionMiddleware(FailureLogMiddleware(app), room, rate_limit)
+    app = BodyLimitMiddleware(app, config.max_body_size)
     if api_keys is not None:
         app = ApiKeyMiddleware(app, api_keys)
     app = HeadLimitMiddleware(app, config.max_header_size, config.max_header_count)

@@ -55,8 +55,12 @@ def envelope(error: Exception) -> ErrorEnvelope:
 
 def error_response(error: Exception, *, status_code: int | None = None) -> JSONResponse:
     """The whole answer for ``error``, with its own status unless another is given."""
-    own_status = error.http_status if isinstance(error, MinivllmError) else 500
-    return JSONResponse(envelope(error), status_code=status_code or own_status)
+    own_status, headers = 500, {}
+    if isinstance(error, MinivllmError):
+        own_status = error.http_status
+        if error.retry_after is not None:
+            headers["Retry-After"] = str(error.retry_after)
+    return JSONResponse(envelope(error), status_code=status_code or own_status, headers=headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:

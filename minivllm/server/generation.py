@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from minivllm.completion import CompletionDelta, CompletionStream
 from minivllm.errors import InvalidRequestError, RequestFailedError
-from minivllm.request import CompletionOutput, FinishReason, SamplingParams, check_request
+from minivllm.request import CompletionOutput, FinishReason, SamplingParams, Terms, check_request
+from minivllm.server.admission import Ticket
 from minivllm.server.context import ServerContext
 from minivllm.server.record import RequestRecord
 from minivllm.server.streaming import run_all
@@ -67,25 +68,27 @@ def _share(limit: int, num_samples: int, max_tokens: int | None) -> int:
 async def run_samples(
     context: ServerContext,
     samples: list[Sample],
-    priority: int,
+    ticket: Ticket,
+    terms: Terms,
     shown_token_ids: frozenset[int],
     record: RequestRecord,
     on_delta: OnDelta | None = None,
 ) -> list[CompletionOutput]:
     """Run all samples at once; when one fails, or this is cancelled, the others are aborted.
 
-    ``shown_token_ids``: special tokens that show their text all the same. ``record`` gets the outputs as far
-    as they come.
+    ``ticket`` is their request's, ``terms`` are what the engine is told of it; ``shown_token_ids`` are
+    special tokens that show their text all the same; ``record`` gets the outputs as far as they come.
     """
     return await run_all(
-        _run_sample(context, sample, priority, shown_token_ids, record, on_delta) for sample in samples
+        _run_sample(context, sample, ticket, terms, shown_token_ids, record, on_delta) for sample in samples
     )
 
 
 async def _run_sample(
     context: ServerContext,
     sample: Sample,
-    priority: int,
+    ticket: Ticket,
+    terms: Terms,
     shown_token_ids: frozenset[int],
     record: RequestRecord,
     on_delta: OnDelta | None,
@@ -98,12 +101,14 @@ async def _run_sample(
         shown_token_ids=shown_token_ids,
     )
     record.outputs[sample.index] = stream.output
-    events = context.engine.generate(sample.request_id, sample.prompt_token_ids, sample.sampling, priority)
+    events = context.engine.generate(sample.request_id, sample.prompt_token_ids, sample.sampling, terms)
     with context.metrics.following(
         sample.request_id, len(sample.prompt_token_ids), sample.sampling.max_tokens, record.received_at
     ) as sequence:
         async with contextlib.aclosing(events):
             async for event in events:
+                ticket.start()
+                ticket.num_used_tokens += len(event.new_token_ids)
                 if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
                     raise RequestFailedError(
                         event.error or "the engine ended the request before it was finished"

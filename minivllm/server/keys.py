@@ -20,15 +20,15 @@ class ApiKeys:
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key.encode()) for key in keys]
 
-    def number_of(self, key: bytes) -> int:
-        """Which of them ``key`` is, counted from 1; 0: none.
+    def name_of(self, key: bytes) -> str | None:
+        """``"key-1"`` for the first of them, and so on; None if it is none of them.
 
         How long this takes tells nothing of how close a wrong one is.
         """
-        digest, found = _digest(key), 0
+        digest, place = _digest(key), 0
         for number, known in enumerate(self._digests, start=1):  # all of them, even after a match
-            found = max(found, number * hmac.compare_digest(digest, known))
-        return found
+            place = max(place, number * hmac.compare_digest(digest, known))
+        return f"key-{place}" if place else None
 
 
 def load_api_keys(config: ServerConfig, environ: MutableMapping[str, str]) -> ApiKeys | None:

@@ -21,7 +21,15 @@ from prometheus_client.registry import Collector
 
 from minivllm.config import BLOCK_SIZE, EngineConfig
 from minivllm.engine.messages import StepEvents
-from minivllm.errors import MinivllmError
+from minivllm.errors import (
+    DeadlineError,
+    EngineDeadError,
+    EngineRestartingError,
+    MinivllmError,
+    OverloadedError,
+    RateLimitError,
+    ShuttingDownError,
+)
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, FinishReason
 from minivllm.server.instruments import Counter, Gauge, Histogram, Instrument
 from minivllm.server.record import RequestRecord
@@ -35,6 +43,15 @@ NEXT_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, *_NEXT_TOKEN)
 _REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, *_REQUEST)
 FINER = "finer buckets below vLLM's"
+BUSY_ERRORS = (
+    OverloadedError,
+    RateLimitError,
+    EngineRestartingError,
+    EngineDeadError,
+    DeadlineError,
+    ShuttingDownError,
+)
+"""What happens to requests that nothing is wrong with."""
 COMPILING = "grammar"
 WAITS_FOR = ("max_num_seqs", "num_parallel", "max_num_batched_tokens", "blocks", "last_token", COMPILING)
 """The scheduler's reasons (``ScheduledBatch.waits_for``), and that of those it doesn't know yet."""
@@ -97,6 +114,9 @@ class ServerMetrics(Collector):
         lengths = length_bounds(info.max_model_len)
 
         self.engine_up = Gauge("engine_up", "1 while the engine process takes requests, else 0.", peer=None)
+        self.engine_restarts = Counter(
+            "engine_restarts", "Engine processes that were started after one had died or hung.", peer=None
+        )
         self.num_requests_running = Gauge("num_requests_running", "Sequences in the engine's running batch.")
         self.num_requests_waiting = Gauge("num_requests_waiting", "Sequences that wait to be admitted.")
         self.num_requests_waiting_by_reason = Gauge(
@@ -141,12 +161,19 @@ class ServerMetrics(Collector):
             "Sequences that ended, failed and aborted ones included.",
             labels=("finished_reason",),
             known=[(reason.value,) for reason in FinishReason],
-            peer="no `repetition`",
+            peer="`timeout` is ours alone, `repetition` vLLM's",
         )
         self.http_requests = Counter(
             "http_requests",
             "HTTP requests, by route and status; 499: the client left before there was an answer.",
             labels=("route", "status"),
+            peer=None,
+        )
+        self.http_errors = Counter(
+            "http_errors",
+            "HTTP requests that were refused, or failed, by the code (or else the type) of their error.",
+            labels=("code",),
+            known=[(kind.code or "",) for kind in BUSY_ERRORS],
             peer=None,
         )
 
@@ -254,18 +281,31 @@ class ServerMetrics(Collector):
         before, now = self._stats, step.stats
         self._stats = now
         if now.num_step_tokens != before.num_step_tokens:
-            self.iteration_tokens.observe(_growth(before.num_step_tokens, now.num_step_tokens))
+            self.iteration_tokens.observe(now.num_step_tokens - before.num_step_tokens)
         if now.num_preemptions != before.num_preemptions:
-            self.num_preemptions.inc(_growth(before.num_preemptions, now.num_preemptions))
+            self.num_preemptions.inc(now.num_preemptions - before.num_preemptions)
         if now.prefix_cache_queries != before.prefix_cache_queries:
-            self.prefix_cache_queries.inc(_growth(before.prefix_cache_queries, now.prefix_cache_queries))
+            self.prefix_cache_queries.inc(now.prefix_cache_queries - before.prefix_cache_queries)
         if now.prefix_cache_hits != before.prefix_cache_hits:
-            self.prefix_cache_hits.inc(_growth(before.prefix_cache_hits, now.prefix_cache_hits))
+            self.prefix_cache_hits.inc(now.prefix_cache_hits - before.prefix_cache_hits)
         self._take_in(step.events)
+
+    def engine_lost(self) -> None:
+        """The engine has died, and with it all that it hadn't ended. Another counts from 0."""
+        self._stats = EngineStats.of_nothing()
+        lost, self._sequences = self._sequences, {}
+        for sequence in lost.values():
+            self._end(sequence, FinishReason.STOP if sequence.has_stop_string else FinishReason.ERROR, None)
+
+    def engine_restarted(self) -> None:
+        """Another engine serves."""
+        self.engine_restarts.inc()
 
     def request_done(self, record: RequestRecord) -> None:
         """An HTTP request's answer is over."""
         self.http_requests.inc(1, record.route, str(record.status))
+        if record.error is not None:
+            self.http_errors.inc(1, record.error)
         if record.outputs:
             self.request_params_n.observe(record.num_samples)
             longest = max(len(output.token_ids) for output in record.outputs.values())
@@ -366,8 +406,3 @@ def _cache_labels(config: EngineConfig, stats: EngineStats) -> dict[str, str]:
         "kv_allocation": config.kv_allocation,
         "num_gpu_blocks": str(stats.num_blocks),
     }
-
-
-def _growth(before: int, now: int) -> int:
-    """Of a count that begins at 0 again when the engine is started again."""
-    return now - before if now >= before else now

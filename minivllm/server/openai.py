@@ -14,11 +14,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from minivllm.errors import InvalidRequestError
-from minivllm.request import SamplingParams
+from minivllm.request import SamplingParams, Terms
+from minivllm.server.admission import Ticket
 from minivllm.server.answer import Answer
 from minivllm.server.body import JsonRoute
 from minivllm.server.chat import ChatTurn
 from minivllm.server.context import ServerContext
+from minivllm.server.deadline import Deadline
 from minivllm.server.formats import ChatFormat, CompletionFormat, Format
 from minivllm.server.generation import Sample, make_samples
 from minivllm.server.grammar_check import GrammarChecker
@@ -94,8 +96,13 @@ async def _generate(
     record.is_streamed = bool(body.stream)
     context.check_ready()
     context.check_model(body.model)
+    ticket: Ticket = request.state.ticket
+    deadline = Deadline.of(body.timeout, request.headers)
     # Ours, never the client's X-Request-Id: the engine's ids must be unique.
     answer_id = record.answer_id = wording.id_prefix + request.state.unique_id
+    given_id: str | None = request.state.given_id
+    ticket.ids = frozenset((given_id or request.state.unique_id, answer_id))
+    ticket.priority = body.priority
 
     def make() -> tuple[list[Sample], int]:
         prompts, sampling = prepare(body.sampling_params())
@@ -115,11 +122,17 @@ async def _generate(
     except InvalidRequestError as error:
         error.param = body.given_name(error.param)
         raise
+    num_prompt_tokens = sum(len(sample.prompt_token_ids) for sample in samples[::samples_per_prompt])
+    ticket.bring_prompts(num_prompt_tokens)
+    if context.rate_limit is not None:
+        num_tokens = num_prompt_tokens + sum(sample.sampling.max_tokens or 0 for sample in samples)
+        ticket.num_taken_tokens = context.rate_limit.take(ticket.owner, num_tokens)
     grammar = samples[0].sampling.grammar
     if grammar is not None:
         await check_grammar(context.grammars, grammar)
     record.max_tokens = samples[0].sampling.max_tokens
-    answer = Answer(context, body, answer_id, wording, samples, samples_per_prompt, record)
+    terms = Terms(body.priority, ticket.owner, deadline.seconds_left(), given_id)
+    answer = Answer(context, body, answer_id, wording, samples, samples_per_prompt, record, ticket, terms)
     if body.stream:
         return EventStream(answer.stream)
     content = await run_until_disconnect(request.receive, answer.whole())

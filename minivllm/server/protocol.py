@@ -138,6 +138,8 @@ class GenerationRequest(StrictModel):
     """Left out: only to a prompt, as a chat template writes its own."""
     priority: Int = 0
     """The lower, the sooner a request leaves the queue."""
+    timeout: Annotated[float, Field(gt=0, le=86400)] | None = None
+    """Seconds after which the answer is of no use: the request is dropped then, with 504."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     stream: bool = False

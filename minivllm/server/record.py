@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from minivllm.errors import MinivllmError
+from minivllm.errors import DeadlineError, MinivllmError
 from minivllm.request import CompletionOutput, RequestMetrics
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class RequestRecord:
     """That was sent, if one was."""
     is_complete: bool = False
     """Whether the whole answer was sent."""
-    key_number: int = 0
-    """Which of the server's API keys it came with, counted from 1; 0: none was needed."""
+    key_name: str | None = None
+    """Which of the server's API keys it came with, such as ``key-1``."""
     error: str | None = None
     """The code, or else the type, of the error that it was answered with."""
     answer_id: str | None = None
@@ -81,7 +81,8 @@ class RequestRecord:
     @property
     def finish_reasons(self) -> list[str]:
         """Why each sample ended; those that did not by themselves end with this request."""
-        unfinished = "abort" if self.client_left else "error"
+        unfinished = "timeout" if self.error == DeadlineError.code else "error"
+        unfinished = "abort" if self.client_left else unfinished
         reasons = [output.finish_reason for output in self.sorted_outputs]
         return [unfinished if reason is None else reason.value for reason in reasons]
 
@@ -135,7 +136,7 @@ class RecordMiddleware:
         headers = dict(scope["headers"])
         traceparent = headers.get(b"traceparent")
         record = RequestRecord(
-            scope["state"]["request_id"],
+            scope["state"]["given_id"] or scope["state"]["unique_id"],
             scope["method"],
             scope["path"],
             traceparent=None if traceparent is None else traceparent.decode("latin-1"),
@@ -156,6 +157,7 @@ class RecordMiddleware:
             raise
         finally:
             record.ended_at = time.monotonic()
+            record.key_name = scope["state"].get("key_name")
             record.route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
             record.status = record.status or CLIENT_CLOSED_REQUEST
             for end in self.on_end:

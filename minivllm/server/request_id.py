@@ -20,7 +20,7 @@ class RequestIdMiddleware:
     """Sends back the client's id; a fresh one where it has none, several, or one that doesn't fit a log line.
 
     The route finds an id that is always fresh and unique in ``request.state.unique_id``. Where the client
-    gave none, that is also the one it gets back.
+    gave none, that is also the one it gets back. The client's own is ``request.state.given_id``.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -32,9 +32,9 @@ class RequestIdMiddleware:
             await self.app(scope, receive, send)
             return
         unique_id = uuid.uuid4().hex
-        scope.setdefault("state", {})["unique_id"] = unique_id
-        request_id = _given_id(scope) or unique_id
-        scope["state"]["request_id"] = request_id
+        given_id = _given_id(scope)
+        request_id = given_id or unique_id
+        scope.setdefault("state", {}).update(unique_id=unique_id, given_id=given_id)
         # Never taken back: the server logs what the application raises after all of this has returned, in
         # the same task. The next request has a task of its own, and sets its own.
         _current.set(request_id)

@@ -60,7 +60,7 @@ def describe(record: RequestRecord) -> dict[str, object]:
         "status": record.status,
         "client_left": record.client_left,
         "error": record.error,
-        "key": record.key_number or None,
+        "key": record.key_name,
         "total_ms": _ms(record.ended_at - record.received_at),
     }
     if record.model is None:

@@ -214,12 +214,24 @@ class ModelList(TypedDict):
 
 
 class Health(TypedDict):
-    """That the server takes requests, and how busy it is."""
+    """Whether the server takes requests, and how busy it is."""
 
-    status: Literal["ok"]
+    status: Literal["ok", "draining", "restarting"]
     num_running: int
     num_waiting: int
     kv_cache_usage: float
+
+
+class QueuePosition(TypedDict):
+    """Where a request stands."""
+
+    id: str
+    status: Literal["waiting", "running"]
+    position: int
+    """1: the next one; 0: it runs."""
+    num_waiting: int
+    estimated_start_seconds: float | None
+    """From how the queue has moved in the last minute; null: it hasn't."""
 
 
 class Version(TypedDict):

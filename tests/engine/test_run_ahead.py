@@ -50,6 +50,11 @@ SAMPLINGS = [
 ]
 
 
+def with_tokens(events: list[EngineEvent]) -> list[EngineEvent]:
+    """Without those that tell that a long prompt was begun: chunks end elsewhere in each run."""
+    return [event for event in events if event.new_token_ids]
+
+
 def run(engine: Engine, seed: int, num_requests: int) -> dict[str, list[EngineEvent]]:
     """Requests of every kind, some of which come while others run."""
     rng = random.Random(seed)
@@ -100,7 +105,7 @@ def test_the_tokens_are_the_same(
         assert tokens_of(have[number]) == tokens_of(events)
         assert PENDING_TOKEN not in tokens_of(events)
         assert have[number][-1].finish_reason == events[-1].finish_reason
-        for ours, theirs in zip(have[number], events, strict=True):
+        for ours, theirs in zip(with_tokens(have[number]), with_tokens(events), strict=True):
             assert (ours.logprobs is None) == (theirs.logprobs is None)
             if ours.logprobs is not None and theirs.logprobs is not None:
                 assert ours.logprobs[0].token_id == theirs.logprobs[0].token_id

@@ -24,14 +24,16 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from minivllm.config import ServerConfig
-from minivllm.errors import EngineDeadError, RequestFailedError
+from minivllm.errors import EngineDeadError, EngineRestartingError, RequestFailedError
 from minivllm.request import (
+    DEFAULT_TERMS,
     EngineEvent,
     EngineInfo,
     EngineStats,
     FinishReason,
     RequestMetrics,
     SamplingParams,
+    Terms,
     TokenLogprob,
 )
 from minivllm.server.app import create_app
@@ -78,18 +80,23 @@ class FakeEngine:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.info = EngineInfo(max_model_len=MAX_MODEL_LEN, vocab_size=tokenizer.vocab_size)
         self.is_alive = True
+        self.is_hopeless = False
         self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
-        self.priorities: dict[str, int] = {}
+        self.terms: dict[str, Terms] = {}
         self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.closed: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Requests that were left before their end."""
         self._tokenizer = tokenizer
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        terms: Terms = DEFAULT_TERMS,
     ) -> AsyncGenerator[EngineEvent, None]:
         self.requests[request_id] = (prompt_token_ids, sampling)
-        self.priorities[request_id] = priority
+        self.terms[request_id] = terms
         is_finished = False
         try:
             tokens = self._answer(sampling)
@@ -123,6 +130,10 @@ class FakeEngine:
         finally:
             if not is_finished:
                 self.closed.put(request_id)
+
+    def check_alive(self) -> None:
+        if not self.is_alive:
+            raise EngineRestartingError("the engine is being restarted")
 
     @property
     def stats(self) -> EngineStats:

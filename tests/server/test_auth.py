@@ -145,8 +145,8 @@ def test_headers_that_name_another_path_change_nothing(port: int) -> None:
     refused(port, head("POST", "/v1/models", "test", "X-HTTP-Method-Override: OPTIONS"), "POST")
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping"])
-def test_the_two_open_paths(port: int, path: str) -> None:
+@pytest.mark.parametrize("path", ["/health", "/ping", "/ready"])
+def test_the_open_paths(port: int, path: str) -> None:
     for target in (path, path + "?x=/v1/models"):
         for host in ("test", "[", "test/v1/models?"):
             answer = send_raw(port, head("GET", target, host))
@@ -214,9 +214,10 @@ def test_several_authorization_headers(port: int) -> None:
 def test_only_the_keys_are_accepted(given_key: bytes) -> None:
     keys = [b"k%d" % i for i in range(100)]
     api_keys = ApiKeys(key.decode() for key in keys)
-    assert bool(api_keys.number_of(given_key)) == (given_key in keys)
-    assert [api_keys.number_of(key) for key in keys] == list(range(1, 101))
-    assert not any(api_keys.number_of(key + b"x") for key in keys)
+    name = f"key-{keys.index(given_key) + 1}" if given_key in keys else None
+    assert api_keys.name_of(given_key) == name
+    assert all(api_keys.name_of(key) for key in keys)
+    assert not any(api_keys.name_of(key + b"x") for key in keys)
 
 
 def test_a_refused_body_is_not_read_and_the_answer_arrives(port: int) -> None:

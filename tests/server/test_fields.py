@@ -56,7 +56,7 @@ def test_fields_that_do_no_harm(server: RunningServer, fields: dict[str, Any]) -
 
 def test_priority_reaches_the_engine(server: RunningServer) -> None:
     complete(server, priority=-7)
-    assert list(server.engine.priorities.values())[-1] == -7
+    assert list(server.engine.terms.values())[-1].priority == -7
 
 
 def test_truncation_keeps_the_end(server: RunningServer) -> None:

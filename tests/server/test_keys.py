@@ -23,9 +23,9 @@ def test_all_places_together(tmp_path: Path) -> None:
     keys = load_api_keys(ServerConfig(api_key=("flag-1", "flag-2"), api_key_file=str(path)), environ)
     assert keys is not None
     for key in ("flag-1", "flag-2", "file-1", "file-2", "env-1", "env-2"):
-        assert keys.number_of(key.encode())
+        assert keys.name_of(key.encode())
     for key in ("", "file-3", "#file-3", "# who: Ann", "env-1, env-2,", "env-1,env-2"):
-        assert not keys.number_of(key.encode())
+        assert not keys.name_of(key.encode())
     assert environ == {"HOME": "/"}, "the engine process must not inherit it"
 
 

@@ -68,7 +68,12 @@ VLLM: dict[str, tuple[str, list[str], list[float]]] = {
     "request_params_max_tokens": ("histogram", [], LENGTHS),
 }  # fmt: skip
 """vLLM's, from vllm/v1/metrics/loggers.py: type, labels besides model_name and engine, bucket bounds."""
-OWN = {"engine_up": "gauge", "http_requests": "counter"}
+OWN = {
+    "engine_up": "gauge",
+    "engine_restarts": "counter",
+    "http_requests": "counter",
+    "http_errors": "counter",
+}
 CACHE_LABELS = {
     "block_size",
     "cache_dtype",
@@ -282,17 +287,23 @@ class TestSteps:
         watched.is_alive = False
         for name in ("engine_up", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             assert watched.value(name) == 0
+        watched.is_alive = True
+        watched.metrics.engine_lost()  # the next one hasn't made a step yet
+        assert watched.value("num_requests_running") == 0
         assert watched.value("num_requests_waiting_by_reason", reason="max_num_seqs") == 0
 
     def test_counts_go_on_when_the_engine_begins_anew(self, watched: Watched) -> None:
         watched.step(tokens=30, preemptions=2, queries=100, hits=32)
         watched.step(tokens=31, preemptions=2, queries=100, hits=32)
-        watched.step(tokens=5, preemptions=1, queries=16, hits=0)  # a new process, which counts from 0
+        watched.metrics.engine_lost()
+        watched.metrics.engine_restarted()
+        watched.step(tokens=35, preemptions=1, queries=16, hits=0)  # a new process, which counts from 0
         assert watched.value("num_preemptions_total") == 3
         assert watched.value("prefix_cache_queries_total") == 116
         assert watched.value("prefix_cache_hits_total") == 32
         assert watched.value("iteration_tokens_total_count") == 3
-        assert watched.value("iteration_tokens_total_sum") == 36
+        assert watched.value("iteration_tokens_total_sum") == 66
+        assert watched.value("engine_restarts_total") == 1
         assert watched.value("iteration_tokens_total_bucket", le="1.0") == 1
 
     def test_a_step_without_tokens_is_none(self, watched: Watched) -> None:
@@ -364,6 +375,15 @@ class TestSequences:
         assert watched.ended() == {"error": 2}
         assert watched.value("e2e_request_latency_seconds_count") == 2
 
+    def test_those_that_a_dead_engine_leaves_behind_are_counted(self, watched: Watched) -> None:
+        for name, has_stop_string in (("left", False), ("stopped", True)):
+            with watched.metrics.following(name, 5, 9, received_at=99.0) as sequence:
+                sequence.has_stop_string = has_stop_string
+        with contextlib.suppress(EngineDeadError), watched.metrics.following("b", 5, 9, received_at=99.0):
+            watched.metrics.engine_lost()
+            raise EngineDeadError("it is gone")
+        assert watched.ended() == {"stop": 1, "error": 2}
+
     @pytest.mark.parametrize("seed", range(5))
     def test_latencies_of_a_random_schedule(self, watched: Watched, seed: int) -> None:
         """Sequences come, pause and end at random; the naive way keeps a list of moments for each."""
@@ -422,6 +442,12 @@ class TestHttp:
             ("/v1/models/{name:path}", "404"): 1,
             ("unknown", "404"): 5,
         }
+        errors = {sample.labels["code"]: sample.value for sample in found["http_errors"].samples}
+        assert {code: count for code, count in errors.items() if count} == {
+            "invalid_request_error": 6,
+            "model_not_found": 1,
+        }
+        assert {"overloaded", "rate_limit_exceeded", "engine_restarting"} <= errors.keys()
         sums = {s.name: s.value for name in found for s in found[name].samples if s.name.endswith("_sum")}
         assert sums["minivllm:request_params_n_sum"] == 3
         assert sums["minivllm:request_max_num_generation_tokens_sum"] == 4

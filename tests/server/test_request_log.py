@@ -96,7 +96,7 @@ def test_an_answer(server: Logged, is_streamed: bool) -> None:
         "status": 200,
         "client_left": False,
         "error": None,
-        "key": 2,
+        "key": "key-2",
         "model": MODEL,
         "answer_id": answer_id,
         "stream": is_streamed,
@@ -151,7 +151,7 @@ def test_refusals(server: Logged) -> None:
         line = server.after()
         assert (answer.status_code, line["status"], line["error"]) == (status, status, error), arguments
         assert (line["method"], line["id"]) == (method, answer.headers["X-Request-Id"])
-        assert line["key"] == (None if status in (401, 431) else 2)
+        assert line["key"] == (None if status in (401, 431) else "key-2")
         assert not line["client_left"]
     routes = [line["route"] for line in server.lines()]
     assert "/nothing" in routes
@@ -167,7 +167,7 @@ def test_a_client_that_leaves(server: Logged, is_streamed: bool) -> None:
         client.sendall((head + body).encode())
         server.engine.started.get(timeout=10)
     line = server.after()
-    assert (line["client_left"], line["status"], line["key"]) == (True, 200 if is_streamed else 499, 1)
+    assert (line["client_left"], line["status"], line["key"]) == (True, 200 if is_streamed else 499, "key-1")
     assert line["finish_reasons"] == ["abort"]
 
 

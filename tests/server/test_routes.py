@@ -55,9 +55,10 @@ def test_models(server: RunningServer) -> None:
 
 
 def test_health(server: RunningServer) -> None:
-    response = server.http.get("/health")
-    assert response.status_code == 200
-    assert response.json() == {"status": "ok", "num_running": 2, "num_waiting": 1, "kv_cache_usage": 0.25}
+    for path in ("/health", "/ping", "/ready"):
+        response = server.http.get(path)
+        assert response.status_code == 200
+        assert response.json() == {"status": "ok", "num_running": 2, "num_waiting": 1, "kv_cache_usage": 0.25}
 
 
 def test_version(server: RunningServer) -> None:
@@ -66,7 +67,6 @@ def test_version(server: RunningServer) -> None:
 
 def test_draining_refuses_new_requests() -> None:
     for method, path, json in (
-        ("GET", "/health", None),
         ("POST", "/v1/chat/completions", CHAT),
         ("POST", "/v1/completions", {"prompt": "x", "stream": True}),
     ):
@@ -74,14 +74,22 @@ def test_draining_refuses_new_requests() -> None:
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "shutting_down"
     assert ask("GET", "/v1/models", is_draining=True).status_code == 200
+    for path, status_code in (("/ready", 503), ("/health", 200), ("/ping", 200)):
+        response = ask("GET", path, is_draining=True)
+        assert (response.status_code, response.json()["status"]) == (status_code, "draining")
 
 
 def test_dead_engine() -> None:
     engine = FakeEngine(make_tokenizer())
     engine.is_alive = False
     response = ask("POST", "/v1/chat/completions", json=CHAT, engine=engine)
-    assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_dead")
-    assert ask("GET", "/health", engine=engine).status_code == 503
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_restarting")
+    assert int(response.headers["Retry-After"]) > 0
+    for is_hopeless, status_code in ((False, 200), (True, 503)):
+        engine.is_hopeless = is_hopeless
+        assert ask("GET", "/health", engine=engine).status_code == status_code
+        response = ask("GET", "/ready", engine=engine)
+        assert (response.status_code, response.json()["status"]) == (503, "restarting")
 
 
 def test_unforeseen_error_keeps_its_details() -> None:

@@ -60,8 +60,9 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(tiny: tuple[str, ...]) 
         with httpx.Client(base_url=server.url, timeout=30) as client:
             assert client.get("/health").status_code == 200
             server.process.send_signal(signal.SIGTERM)
-            while client.get("/health").status_code == 200:
+            while client.get("/ready").status_code == 200:
                 time.sleep(0.01)
+            assert client.get("/health").status_code == 200
             refused = client.post("/v1/completions", json={**COMPLETION, "max_tokens": 1})
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "shutting_down"
@@ -95,18 +96,32 @@ def test_a_second_signal_stops_at_once(tiny: tuple[str, ...]) -> None:
         running.join()
 
 
-def test_a_dead_engine_is_told_and_nobody_hangs(tiny: tuple[str, ...]) -> None:
-    with serving(*tiny) as server:
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-        if not children.exists():
-            pytest.skip("finds the engine process in /proc")
-        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
-        with httpx.Client(base_url=server.url, timeout=30) as client:
-            while client.get("/health").status_code == 200:
-                time.sleep(0.01)
-            answer = client.post("/v1/completions", json={**COMPLETION, "max_tokens": 1})
-            assert answer.status_code == 500
-            assert answer.json()["error"]["code"] == "engine_dead"
+def engine_process(server: Server) -> int:
+    """The engine's process id. The server has another child once a grammar was checked, not before."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    if not children.exists():
+        pytest.skip("finds the engine process in /proc")
+    return int(children.read_text().split()[0])
+
+
+def test_a_dead_engine_is_told_and_replaced(tiny: tuple[str, ...]) -> None:
+    with serving(*tiny) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        expected = client.post("/v1/completions", json={**COMPLETION, "max_tokens": 8}).json()["choices"]
+        running = Streamed(server, max_tokens=4000)
+        assert running.has_begun.wait(60)
+        os.kill(engine_process(server), signal.SIGKILL)
+        running.join()
+        error = json.loads([line for line in running.lines if line][-1][6:])["error"]
+        assert error["code"] == "engine_dead"
+        answer = client.post("/v1/completions", json={**COMPLETION, "max_tokens": 8})
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "engine_restarting"
+        assert client.get("/ready").status_code == 503
+        assert client.get("/health").status_code == 200
+        while client.get("/ready").status_code != 200:
+            time.sleep(0.05)
+        answer = client.post("/v1/completions", json={**COMPLETION, "max_tokens": 8})
+        assert answer.json()["choices"] == expected
         assert server.stop() == 0
 
 

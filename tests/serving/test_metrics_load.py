@@ -118,8 +118,11 @@ def test_every_metric_moves_and_agrees_with_the_answers(tmp_path: Path) -> None:
             pytest.skip("finds the engine process in /proc")
         os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
         scrapes.until(lambda: scrapes.value("engine_up") == 0)
+        refused = httpx.post(f"{server.url}/v1/completions", json=body)
+        assert refused.json()["error"]["code"] == "engine_restarting"
+        scrapes.until(lambda: scrapes.value("engine_restarts_total") == 1)
         assert scrapes.still() == CONSTANT
-        assert len(log.read_text().splitlines()) == 13
+        assert len(log.read_text().splitlines()) == 14
         check_with_promtool(scrapes.text)
 
 

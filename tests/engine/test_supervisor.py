@@ -1,0 +1,154 @@
+"""An engine that dies or hangs is replaced, and nobody who waits for it hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minivllm.config import EngineConfig
+from minivllm.engine import supervisor
+from minivllm.engine.supervisor import HOPELESS_AFTER, SupervisedEngine
+from minivllm.errors import EngineDeadError, EngineRestartingError, ShuttingDownError
+from minivllm.request import SamplingParams
+from tests.tiny_model import write_tiny_model
+
+from .test_process import LONG, SHORT, until
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EngineConfig:
+    return EngineConfig(
+        model=write_tiny_model(tmp_path), load_format="dummy", device="cpu", kv_cache_memory=2**22
+    )
+
+
+@asynccontextmanager
+async def supervised(config: EngineConfig, stall_timeout: float = 60.0) -> AsyncIterator[SupervisedEngine]:
+    engine = await SupervisedEngine.spawn()
+    try:
+        await engine.start(config, stall_timeout=stall_timeout)
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def tokens_of(engine: SupervisedEngine, request_id: str, sampling: SamplingParams) -> list[int]:
+    events = engine.generate(request_id, [5] * 20, sampling)
+    return [token async for event in events for token in event.new_token_ids]
+
+
+def pid_of(engine: SupervisedEngine) -> int:
+    return engine._client._process.pid
+
+
+def directory_of(engine: SupervisedEngine) -> Path:
+    return Path(engine._client._directory)
+
+
+async def fail(engine: SupervisedEngine, signal_number: int, reason: str) -> None:
+    """Send the engine process a signal while three requests run, and wait until it is replaced."""
+    waiting = [asyncio.create_task(tokens_of(engine, str(i), LONG)) for i in range(3)]
+    await until(lambda: engine.stats.num_running == 3)
+    pid, directory = pid_of(engine), directory_of(engine)
+    os.kill(pid, signal_number)
+    for result in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(result, EngineDeadError)
+        assert reason in str(result)
+    assert not engine.is_alive
+    with pytest.raises(EngineRestartingError):
+        await tokens_of(engine, "late", SHORT)
+    await until(lambda: engine.is_alive)
+    assert not directory.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_killed_engine_is_replaced_every_time(config: EngineConfig) -> None:
+    async def run() -> None:
+        async with supervised(config) as engine:
+            expected = await tokens_of(engine, "a", SHORT)
+            for number in (1, 2):
+                await fail(engine, signal.SIGKILL, "code -9")
+                assert engine.num_restarts == number
+                assert await tokens_of(engine, "a", SHORT) == expected
+                assert engine.stats.num_running == 0
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_hangs_is_killed_and_replaced(config: EngineConfig) -> None:
+    async def run() -> None:
+        async with supervised(config, stall_timeout=0.5) as engine:
+            await fail(engine, signal.SIGSTOP, "no step for 0.5 s")
+            assert len(await tokens_of(engine, "b", SHORT)) == SHORT.max_tokens
+
+    asyncio.run(run())
+
+
+def test_an_idle_engine_has_not_stalled(config: EngineConfig) -> None:
+    async def run() -> None:
+        async with supervised(config, stall_timeout=0.2) as engine:
+            pid = pid_of(engine)
+            await asyncio.sleep(0.6)  # three times as long as it may do nothing while there is work
+            assert len(await tokens_of(engine, "b", SHORT)) == SHORT.max_tokens
+            assert pid_of(engine) == pid
+
+    asyncio.run(run())
+
+
+def test_without_its_model_it_tries_again_until_there_is_one(
+    config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    delays: list[int] = []
+
+    def no_delay(num_failures: int) -> float:
+        delays.append(num_failures)
+        return 0.0
+
+    monkeypatch.setattr(supervisor, "_delay", no_delay)
+    model = tmp_path / "moving"
+    shutil.copytree(str(config.model), model)
+
+    async def run() -> None:
+        async with supervised(replace(config, model=str(model))) as engine:
+            model.rename(tmp_path / "away")
+            os.kill(pid_of(engine), signal.SIGKILL)
+            await until(lambda: engine.is_hopeless)
+            assert not engine.is_alive
+            (tmp_path / "away").rename(model)
+            await until(lambda: engine.is_alive)
+            await tokens_of(engine, "a", SHORT)
+            os.kill(pid_of(engine), signal.SIGKILL)
+            await until(lambda: engine.num_restarts == 2)
+            assert not engine.is_hopeless
+
+    asyncio.run(run())
+    assert str(model) in caplog.text
+    assert delays[: 2 * HOPELESS_AFTER : 2] == [1, 2, 3]
+
+
+def test_delays_grow_up_to_a_limit() -> None:
+    assert [supervisor._delay(n) for n in range(10)] == [0, 0, 0.5, 1, 2, 4, 8, 16, 30, 30]
+
+
+def test_closing_while_it_restarts(config: EngineConfig) -> None:
+    async def run() -> None:
+        async with supervised(config) as engine:
+            os.kill(pid_of(engine), signal.SIGKILL)
+            await until(lambda: not engine.is_alive)
+            await engine.close()
+            with pytest.raises(ShuttingDownError):
+                await tokens_of(engine, "late", SHORT)
+            pid = pid_of(engine)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+    asyncio.run(run())
