@@ -140,6 +140,12 @@ class EngineConfig:
         "summary explains it; what it held is lost (default: none)",
     )
 
+    debug_routes: bool = option(
+        False,
+        "GET /debug/steps and /debug/requests/ID: what the engine did in its last 1,000 steps, everybody's "
+        "requests included",
+    )
+
     def __post_init__(self) -> None:
         for name, setting in type(self).__dataclass_fields__.items():
             choices, value = setting.metadata["choices"], getattr(self, name)

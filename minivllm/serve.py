@@ -86,6 +86,7 @@ async def serve(
             # Imported while the engine process imports torch: it takes half a second.
             from minivllm.server.app import create_app
             from minivllm.server.context import ServerState
+            from minivllm.server.debug import RecentSteps
             from minivllm.server.http11 import uvicorn_config
             from minivllm.server.metrics import ServerMetrics
 
@@ -114,6 +115,9 @@ async def serve(
                 is_alive=lambda: engine.is_alive,
             )
             engine.observe(metrics)
+            recent_steps = RecentSteps() if engine_config.debug_routes else None
+            if recent_steps is not None:
+                engine.observe(recent_steps)
             app = create_app(
                 engine,
                 tokenizer,
@@ -123,6 +127,7 @@ async def serve(
                 api_keys,
                 metrics=metrics,
                 on_request_end=observers,
+                recent_steps=recent_steps,
             )
             # After 5 s the answers are complete, or have failed: only slow readers are waited for.
             http = _HttpServer(uvicorn_config(app, server_config, timeout_graceful_shutdown=5))

@@ -47,7 +47,7 @@ class SupervisedEngine:
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
-        self._observer: Observer | None = None
+        self._observers: list[Observer] = []
         self._is_closed = False
         self._supervision: asyncio.Task[None] | None = None
         self.num_restarts = 0
@@ -77,8 +77,8 @@ class SupervisedEngine:
 
     def observe(self, observer: Observer) -> None:
         """Tell ``observer`` from now on."""
-        self._observer = observer
-        self._client.on_step = observer.step_done
+        self._observers.append(observer)
+        self._client.on_step = self._step_done
 
     @property
     def is_alive(self) -> bool:
@@ -136,13 +136,17 @@ class SupervisedEngine:
                 await self._supervision
         await self._client.close()
 
+    def _step_done(self, step: StepEvents) -> None:
+        for observer in self._observers:
+            observer.step_done(step)
+
     async def _supervise(self, config: EngineConfig, stall_timeout: float) -> None:
         while True:
             await self._client.wait_until_dead()  # by then its requests have failed
             self.num_failures = 0 if self._client.has_finished_any else self.num_failures + 1
             logger.error("%s; starting another", self._client.death)
-            if self._observer is not None:
-                self._observer.engine_lost()
+            for observer in self._observers:
+                observer.engine_lost()
             await self._client.close()
             await self._replace(config, stall_timeout)
 
@@ -164,9 +168,9 @@ class SupervisedEngine:
                 )
             else:
                 self.num_restarts += 1
-                if self._observer is not None:
-                    self._client.on_step = self._observer.step_done
-                    self._observer.engine_restarted()
+                self._client.on_step = self._step_done
+                for observer in self._observers:
+                    observer.engine_restarted()
                 logger.info("the engine serves again after %.2f s", time.monotonic() - start)
                 return
 

@@ -17,6 +17,7 @@ from minivllm.server.admission import WaitingRoom
 from minivllm.server.body import JsonRoute
 from minivllm.server.chat import ChatStyle
 from minivllm.server.context import Engine, ServerContext, ServerState
+from minivllm.server.debug import RecentSteps, debug_router
 from minivllm.server.door import guard
 from minivllm.server.errors import add_error_handlers
 from minivllm.server.grammar_check import GrammarChecker
@@ -41,6 +42,7 @@ def create_app(
     grammars: GrammarChecker | None = None,
     metrics: ServerMetrics | None = None,
     on_request_end: Sequence[OnRequestEnd] = (),
+    recent_steps: RecentSteps | None = None,
 ) -> FastAPI:
     """The application that serves one model.
 
@@ -51,9 +53,12 @@ def create_app(
             are read here.
         model_name: what clients ask for.
         state: the caller's handle on the running application.
-        api_keys: one of them is needed for every path but ``/health`` and ``/ping``; None: everybody may in.
+        api_keys: one of them is needed for every path but ``/health``, ``/ping`` and ``/ready``; None: nobody
+            needs one.
         grammars: closed by the caller. None: one of its own, whose process ends with this one.
         metrics: told of the engine's steps by the caller. None: some of its own, that nobody tells.
+        recent_steps: told of the engine's steps by the caller, for the routes under ``/debug``. None: there
+            are no such routes.
         on_request_end: who else is told, with the metrics, what became of each HTTP request.
     """
     metrics = metrics or ServerMetrics(server_config.metrics_prefix, model_name, engine.info, engine.stats)
@@ -87,6 +92,8 @@ def create_app(
     route_class = LenientRoute if server_config.ignore_unknown_fields else JsonRoute
     app.include_router(openai_router(context, route_class))
     app.include_router(_own_router(context, route_class))
+    if recent_steps is not None:
+        app.include_router(debug_router(recent_steps))
     return app
 
 
