@@ -275,9 +275,10 @@ def _errors() -> str:
     from minivllm import errors
 
     rows = []
+    not_answers = (errors.StartupError, errors.TraceError)
     for name, kind in vars(errors).items():
         is_error = isinstance(kind, type) and issubclass(kind, errors.MinivllmError)
-        if is_error and kind is not errors.MinivllmError and not issubclass(kind, errors.StartupError):
+        if is_error and kind is not errors.MinivllmError and not issubclass(kind, not_answers):
             about = _join((kind.__doc__ or name).partition("\n")[0])
             rows.append((kind.http_status, about, kind.code))
     body = [

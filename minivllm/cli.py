@@ -15,6 +15,7 @@ COMMANDS = {
     "chat": ("minivllm.chat", "talk to a model in the terminal"),
     "generate": ("minivllm.generate", "complete one prompt and print it"),
     "trace": ("minivllm.trace", "explain a file that serve --trace wrote"),
+    "bench": ("minivllm_bench.cli", "measure a server, compare the modes, look at memory"),
 }
 
 

@@ -34,8 +34,9 @@ class TraceReader:
         """That have been read."""
         self._lines = self._read()
         next(self._lines)  # the bracket
+        line = next(self._lines)
         try:
-            self.header = {**json.loads(next(self._lines))["args"]}
+            self.header = {**json.loads(line)["args"]}
         except _NOT_SO:
             raise TraceError(f"{path} is damaged: line 2 isn't a trace's first event") from None
         if self.header.get("format") != FORMAT:

@@ -25,6 +25,7 @@ _ENDED = {
     FinishReason.LENGTH: "length (max_tokens, or the context, was reached)",
     FinishReason.ABORT: "abort (its client left, or it came to a stop string)",
     FinishReason.ERROR: "error",
+    FinishReason.TIMEOUT: "timeout (its deadline passed)",
 }
 _AT_ONCE = 0.001
 """Seconds that nobody calls waiting."""
