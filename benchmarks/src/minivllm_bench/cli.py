@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "serve": ("minivllm_bench.serve", "put a load on a server, and measure what its users see"),
+}
 
 
 def main(argv: list[str]) -> int:

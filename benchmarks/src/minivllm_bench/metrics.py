@@ -59,7 +59,7 @@ def summarise(records: Sequence[RequestRecord], seconds: float, goals: Goals | N
 
     Args:
         records: all requests of the run.
-        seconds: how long it lasted; tokens that came later don't count.
+        seconds: how long it lasted; tokens and answers that came later don't count in throughputs.
         goals: what counts for goodput.
 
     Returns:
@@ -71,7 +71,8 @@ def summarise(records: Sequence[RequestRecord], seconds: float, goals: Goals | N
     failed = [record for record in records if record.error is not None]
     alive = [record for record in records if record.error is None]
     output = math.fsum(_output_tokens_until(record, seconds) for record in records)
-    prompts = sum(record.prompt_tokens for record in alive if record.chunk_times)
+    prompts = sum(record.prompt_tokens for record in alive if _is_before(record.first_token, seconds))
+    in_time = [record for record in complete if _is_before(record.finished, seconds)]
     return {
         "seconds": seconds,
         "requests": len(records),
@@ -82,16 +83,25 @@ def summarise(records: Sequence[RequestRecord], seconds: float, goals: Goals | N
         "prompt_tokens": prompts,
         "cached_tokens": sum(record.cached_tokens for record in alive),
         "output_tokens": output,
-        "request_throughput": len(complete) / seconds,
+        "request_throughput": len(in_time) / seconds,
         "output_throughput": output / seconds,
         "total_throughput": (prompts + output) / seconds,
-        "goodput": None if goals is None else sum(map(goals.are_met_by, records)) / seconds,
+        "goodput": None if goals is None else sum(map(goals.are_met_by, in_time)) / seconds,
         "goals": None if goals is None else asdict(goals),
-        "ttft": distribution(math.inf if record.ttft is None else record.ttft for record in alive),
+        # Of an answer without any text, such as an end token alone, nobody knows when the first token came.
+        "ttft": distribution(
+            math.inf if record.ttft is None else record.ttft
+            for record in alive
+            if record.chunk_times or not record.is_complete
+        ),
         "tpot": distribution(record.tpot for record in complete if record.tpot is not None),
         "itl": distribution(gap for record in alive for gap in record.inter_token_latencies),
         "e2e": distribution(math.inf if record.e2e is None else record.e2e for record in alive),
     }
+
+
+def _is_before(time: float | None, end: float) -> bool:
+    return time is not None and time <= end
 
 
 def _output_tokens_until(record: RequestRecord, seconds: float) -> float:

@@ -31,10 +31,30 @@ class RequestRecord:
     status: int | None = None
     """HTTP status, where there was an answer."""
 
+    def as_json(self) -> dict[str, object]:
+        """All of it; times to the hundredth of a millisecond."""
+        return {
+            "session": self.session,
+            "turn": self.turn,
+            "sent": round(self.sent, 5),
+            "finished": None if self.finished is None else round(self.finished, 5),
+            "status": self.status,
+            "error": self.error,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "output_tokens": self.output_tokens,
+            "chunk_times": [round(time, 5) for time in self.chunk_times],
+        }
+
     @property
     def is_complete(self) -> bool:
         """Whether it was answered in full."""
         return self.finished is not None and self.error is None
+
+    @property
+    def first_token(self) -> float | None:
+        """When the first chunk with text came."""
+        return self.chunk_times[0] if self.chunk_times else None
 
     @property
     def ttft(self) -> float | None:

@@ -22,6 +22,8 @@ class Turn:
     """What it adds to all that came before in the session."""
     output_tokens: int
     """Asked for; the end of a turn is ignored, so that each answer has exactly so many."""
+    text: str | None = None
+    """What it adds, word for word; ``prompt_tokens`` is an estimate then. None: any text of that length."""
 
 
 @dataclass(frozen=True, slots=True)
