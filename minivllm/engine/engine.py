@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from minivllm.config import EngineConfig
@@ -23,6 +23,7 @@ from minivllm.engine.scheduler import (
     SchedulerLimits,
     SequentialScheduler,
 )
+from minivllm.engine.steps import Sink, StepRecord, StepRecorder
 from minivllm.errors import InvalidRequestError
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, Request, RequestMetrics, SamplingParams
 
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 class _Step(NamedTuple):
     batch: ScheduledBatch
     tokens: PendingTokens
+    record: StepRecord | None
 
 
 class Engine:
@@ -50,6 +52,7 @@ class Engine:
         eos_token_ids: ids that end a turn.
         grammars: what requests with a grammar need; None where none may have one.
         clock: seconds, above 0, for the requests' metrics; a simulation has one of its own.
+        sinks: get a record of each step; without any, none are made.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class Engine:
         eos_token_ids: frozenset[int],
         grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self.clock = clock
+        self._recorder = StepRecorder(sinks, clock) if sinks else None
         self.info = info
         self.grammars = grammars
         self.runner = runner
@@ -128,7 +133,7 @@ class Engine:
             metrics=RequestMetrics(arrival_time=self.clock()),
         )
         if sampling.grammar is None:
-            self.scheduler.add(request)
+            self._queue(request)
         elif self.grammars is None:
             raise InvalidRequestError("this engine has no tokenizer to follow one with", param="grammar")
         else:
@@ -141,8 +146,13 @@ class Engine:
         if request is None:
             return None
         if self._compiling.pop(request, None) is not None:
-            self.scheduler.add(request)
-        return self.scheduler.abort(request)
+            self._queue(request)
+        event = self.scheduler.abort(request)
+        if self._recorder is not None:
+            self._recorder.ended(event)
+            if not self.has_work:
+                self._recorder.open(self.clock(), ScheduledBatch([]), self.stats())  # no step may follow
+        return event
 
     def step(self) -> list[EngineEvent]:
         """Start a step over all that is scheduled, and take in the tokens of the one that ran until now.
@@ -153,9 +163,11 @@ class Engine:
         events = self._queue_compiled()
         if self._in_flight and self._in_flight[0].batch.reads_output:
             events += self._take_in()
+        start = self.clock()
         batch = self.scheduler.schedule()
+        record = None if self._recorder is None else self._recorder.open(start, batch, self.stats())
         if batch.requests:
-            events += self._start(batch)
+            events += self._start(batch, record)
         num_ahead = 1 if self.runner.runs_ahead and batch.requests else 0
         while len(self._in_flight) > num_ahead:
             events += self._take_in()
@@ -163,6 +175,11 @@ class Engine:
             if event.finish_reason is not None:
                 del self._requests[event.request_id]
         return events
+
+    def _queue(self, request: Request) -> None:
+        self.scheduler.add(request)
+        if self._recorder is not None:
+            self._recorder.arrived(request)
 
     def _queue_compiled(self) -> list[EngineEvent]:
         """Queue the requests whose grammars are ready. Without other work, waits a moment for one."""
@@ -173,31 +190,46 @@ class Engine:
         events = []
         for request in [request for request, grammar in self._compiling.items() if grammar.is_ready]:
             error = self._compiling.pop(request).error
-            self.scheduler.add(request)
+            self._queue(request)
             if error is not None:
                 events.append(self.scheduler.refuse(request, error))
+                if self._recorder is not None:
+                    self._recorder.ended(events[-1])
         return events
 
-    def _start(self, batch: ScheduledBatch) -> list[EngineEvent]:
+    def _start(self, batch: ScheduledBatch, record: StepRecord | None) -> list[EngineEvent]:
         try:
             tokens = self.runner.execute(batch)
         except Exception as error:
-            return self._fail(batch, error)
+            return self._fail(batch, record, error)
         self.scheduler.advance(batch)
-        self._in_flight.append(_Step(batch, tokens))
+        if record is not None:
+            record.launched_time = self.clock()
+        self._in_flight.append(_Step(batch, tokens, record))
         return []
 
     def _take_in(self) -> list[EngineEvent]:
-        batch, tokens = self._in_flight.popleft()
+        batch, tokens, record = self._in_flight.popleft()
+        if record is not None:
+            record.wait_time = self.clock()
         try:
             sampled = tokens()
         except Exception as error:
-            return self._fail(batch, error)
-        return self.scheduler.update(batch, sampled)
+            return self._fail(batch, record, error)
+        if record is not None:
+            record.tokens_time = self.clock()
+        events = self.scheduler.update(batch, sampled)
+        if self._recorder is not None and record is not None:
+            self._recorder.close(record, events)
+        return events
 
-    def _fail(self, batch: ScheduledBatch, error: Exception) -> list[EngineEvent]:
+    def _fail(self, batch: ScheduledBatch, record: StepRecord | None, error: Exception) -> list[EngineEvent]:
         logger.error("a step over %d requests failed", len(batch.requests), exc_info=error)
-        return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
+        message = f"{type(error).__name__}: {error}"
+        events = self.scheduler.fail(batch, message)
+        if self._recorder is not None and record is not None:
+            self._recorder.fail(record, events, message)
+        return events
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""

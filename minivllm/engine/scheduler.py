@@ -9,7 +9,7 @@ A step's life is schedule → execute → advance → update. On a GPU the next 
 the last two: a sequence then ends in :data:`PENDING_TOKEN` until ``update`` brings its token.
 
 Admission is first come, first served among requests of one priority. To try another policy, subclass
-:class:`Scheduler` and override :meth:`~Scheduler.may_admit`, or :meth:`~Scheduler.schedule` as a whole.
+:class:`Scheduler` and override :meth:`~Scheduler.limit_reached`, or :meth:`~Scheduler.schedule` as a whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from minivllm.engine.block_manager import BlockManager
@@ -50,6 +50,13 @@ class ScheduledBatch:
     """One step: who runs, and how many tokens each."""
 
     requests: list[ScheduledRequest]
+    num_admitted: int = 0
+    """So many, the last of them, have just been admitted."""
+    evicted: Sequence[tuple[Request, int]] = ()
+    """Who lost their blocks for it, and how many computed tokens."""
+    waits_for: str | None = None
+    """Why the first in the queue isn't among them: the limit that is reached, ``"blocks"`` where none are
+    free, ``"last_token"`` where its last token is on its way. None if nobody waits."""
 
     @property
     def num_tokens(self) -> int:
@@ -107,8 +114,11 @@ class Scheduler(ABC):
         self.num_preemptions = 0
 
     @abstractmethod
-    def may_admit(self) -> bool:
-        """Whether one more sequence may run, as far as the policy goes; blocks are checked besides."""
+    def limit_reached(self) -> str | None:
+        """The limit that keeps one more sequence from running, as far as the policy goes; None if it may.
+
+        Blocks and the step's tokens are checked besides.
+        """
 
     @property
     def has_work(self) -> bool:
@@ -143,6 +153,7 @@ class Scheduler(ABC):
         budget = self.limits.max_num_batched_tokens
         grow, commit = self.block_manager.grow, self.block_manager.commit
         scheduled: dict[Request, ScheduledRequest] = {}
+        evicted: list[tuple[Request, int]] = []
 
         # In order of admission, and that is decodes first: whoever is still in its prompt is the last,
         # because the next one is only admitted with what its prompt leaves of the budget.
@@ -157,6 +168,7 @@ class Scheduler(ABC):
                 victim = self.running.pop()
                 if victim in scheduled:
                     budget += scheduled.pop(victim).num_tokens
+                evicted.append((victim, victim.num_computed_tokens))
                 self._preempt(victim)
                 if victim is request:
                     break
@@ -166,11 +178,11 @@ class Scheduler(ABC):
         for item in scheduled.values():
             commit(item.request, item.num_tokens)
 
-        while self.waiting and budget > 0 and self.may_admit():
-            # A block stays free for each running sequence: admitting into the last ones would only
-            # evict somebody within the next steps, and its prefill would be for nothing.
+        num_kept, waits_for = len(scheduled), None
+        while self.waiting:
             request = self.waiting[0]
-            if request.has_all_tokens or not self.block_manager.admit(request, headroom=len(self.running)):
+            waits_for = self._admit(request, budget)
+            if waits_for is not None:
                 break
             self.waiting.popleft()
             self.running.append(request)
@@ -182,7 +194,20 @@ class Scheduler(ABC):
             commit(request, num_tokens)  # the next one may begin alike
             budget -= num_tokens
 
-        return ScheduledBatch(list(scheduled.values()))
+        return ScheduledBatch(list(scheduled.values()), len(scheduled) - num_kept, evicted, waits_for)
+
+    def _admit(self, request: Request, budget: int) -> str | None:
+        """Give the first in the queue its blocks, or say what it waits for."""
+        limit = self.limit_reached()
+        if limit is not None:
+            return limit
+        if budget == 0:
+            return "max_num_batched_tokens"
+        if request.has_all_tokens:
+            return "last_token"
+        # A block stays free for each running sequence: admitting into the last ones would only
+        # evict somebody within the next steps, and its prefill would be for nothing.
+        return None if self.block_manager.admit(request, headroom=len(self.running)) else "blocks"
 
     def advance(self, batch: ScheduledBatch) -> None:
         """Note that the step has been started: the tokens that it samples are pending."""
@@ -284,12 +309,14 @@ class Scheduler(ABC):
 class ContinuousScheduler(Scheduler):
     """Continuous batching (Yu et al. 2022, "Orca"): sequences join and leave at every step."""
 
-    def may_admit(self) -> bool:
-        return len(self.running) < self.limits.max_num_seqs
+    def limit_reached(self) -> str | None:
+        return "max_num_seqs" if len(self.running) >= self.limits.max_num_seqs else None
 
 
 class SequentialScheduler(Scheduler):
     """The Ollama-style baseline: at most ``num_parallel`` sequences run; the next waits until one ends."""
 
-    def may_admit(self) -> bool:
-        return len(self.running) < min(self.limits.num_parallel, self.limits.max_num_seqs)
+    def limit_reached(self) -> str | None:
+        if len(self.running) >= self.limits.num_parallel:
+            return "num_parallel"
+        return "max_num_seqs" if len(self.running) >= self.limits.max_num_seqs else None
