@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 
 from minivllm.engine.engine import Engine
 from minivllm.errors import InvalidRequestError
-from minivllm.request import EngineEvent, SamplingParams
+from minivllm.request import EngineEvent, EngineStats, SamplingParams
 from minivllm_bench.records import RequestRecord
 from minivllm_bench.simulator.clock import VirtualClock
 from minivllm_bench.simulator.runner import TOKEN_ID
-from minivllm_bench.simulator.traffic import Arrival
 from minivllm_bench.workloads import Session, Sessions
+
+STATS_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class Simulation:
         clock: of the engine and of its runner.
         users: sessions in a closed loop: so many at all times.
         sessions: what users do, in the order in which they come to it.
-        arrivals: sessions in an open loop, by time.
+        arrivals: when sessions of an open loop begin, in seconds since the run began, and those sessions.
     """
 
     def __init__(
@@ -59,15 +60,17 @@ class Simulation:
         *,
         users: int = 0,
         sessions: Sessions | None = None,
-        arrivals: Iterable[Arrival] = (),
+        arrivals: Iterable[tuple[float, Session]] = (),
     ) -> None:
         self.records: list[RequestRecord] = []
         """Of every request that was sent, in order of sending."""
+        self.stats: list[EngineStats] = []
+        """The engine's, every half second."""
         self._engine = engine
         self._clock = clock
         self._start = clock.now
         self._sessions = sessions or iter(())
-        self._arrivals: Iterator[Arrival] = iter(arrivals)
+        self._arrivals: Iterator[tuple[float, Session]] = iter(arrivals)
         self._numbers = itertools.count()
         self._waiting: list[tuple[float, int, _Chat]] = []  # a heap: when the next turn is sent
         self._records: dict[str, tuple[RequestRecord, _Chat]] = {}  # of requests that run
@@ -85,6 +88,8 @@ class Simulation:
         end = self._start + seconds
         engine, clock, waiting = self._engine, self._clock, self._waiting
         while clock.now < end:
+            if clock.now >= self._start + len(self.stats) * STATS_SECONDS:
+                self.stats.append(engine.stats())
             while waiting and waiting[0][0] <= clock.now:
                 sent, _, chat = heapq.heappop(waiting)
                 self._send(chat, sent)
@@ -100,8 +105,8 @@ class Simulation:
         """At most one arrival waits: whoever makes them may do so without end."""
         arrival = next(self._arrivals, None)
         if arrival is not None:
-            chat = _Chat(next(self._numbers), arrival.session, is_users=False)
-            self._send_at(chat, self._start + arrival.time)
+            time, session = arrival
+            self._send_at(_Chat(next(self._numbers), session, is_users=False), self._start + time)
 
     def _begin_users_session(self) -> None:
         session = next(self._sessions, None)
