@@ -199,6 +199,7 @@ class _Bar:
         contenders = len(config.mode_names) + len(config.peers)
         points = len(config.user_counts) + len(config.agent_user_counts)
         self._budget = budget
+        self._is_first = True
         self._bar = tqdm(
             total=contenders * points + len(config.mode_names),
             bar_format="{desc:<44} |{bar:20}| {n_fmt}/{total_fmt}{postfix}",
@@ -207,14 +208,17 @@ class _Bar:
     def __enter__(self) -> Callable[[str], None]:
         return self._begin
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._bar.update(1)
         self._bar.close()
 
     def _begin(self, what: str) -> None:
         left = max(0, round(self._budget.left()))
         self._bar.set_description_str(what, refresh=False)
         self._bar.set_postfix_str(f"at most {left // 60}:{left % 60:02} left", refresh=False)
-        self._bar.update()
+        self._bar.update(0 if self._is_first else 1)
+        self._is_first = False
 
 
 def _write_report(comparison: Comparison, folder: Path) -> None:

@@ -131,8 +131,8 @@ def main(argv: list[str]) -> int:
             raise
         failure, code = "interrupted", 130
     summary = summarise(generator.records, generator.seconds, config.goals)
-    if failure is None and summary["completed"] == 0:
-        failure, code = "no request was answered in full", 1
+    if failure is None and summary["failed"] == summary["requests"]:
+        failure, code = f"{summary['failed']} requests were sent, and all failed", 1
     result = {
         "machine": machine.describe(),
         "command": _without_secrets(["minivllm", "bench", "serve", *argv]),

@@ -85,7 +85,8 @@ class SteadyState(TypedDict):
     user_throughput: float
     """The same for one user, waiting included."""
     ttft: Waits
-    """Time to first token, of requests that were sent in the window or still waited when it began."""
+    """Time to first token, of requests that were sent in the window or still waited when it began; of all, where
+    the window has none of either."""
     itl: dict[str, float | None]
     """Gaps between tokens that arrived in the window, seconds."""
 
@@ -109,15 +110,17 @@ def steady_state(records: Sequence[RequestRecord], users: int, start: float, end
     }
 
 
-def _first_token_waits(records: Iterable[RequestRecord], start: float, end: float) -> Waits:
+def _first_token_waits(records: Sequence[RequestRecord], start: float, end: float) -> Waits:
     observed, waiting = [], []
     for record in records:
-        first = record.chunk_times[0] if record.chunk_times else None
+        first = record.first_token
         if first is not None and first <= end:
             if record.sent >= start or first > start:
                 observed.append(first - record.sent)
-        elif record.sent <= end:
+        elif record.finished is None and record.sent <= end:
             waiting.append(end - record.sent)
+    if not observed and not waiting and start > 0:
+        return _first_token_waits(records, 0.0, end)
     return waits(observed, waiting)
 
 
