@@ -128,6 +128,11 @@ class EngineConfig:
     enable_prefix_caching: bool | None = option(
         None, "keep finished blocks and reuse them for prompts that begin alike (default: on when paged)"
     )
+    trace: str | None = option(
+        None,
+        "a file to write every step to, as Chrome trace events: ui.perfetto.dev shows it, minivllm trace "
+        "summary explains it; what it held is lost (default: none)",
+    )
 
     def __post_init__(self) -> None:
         for name, setting in type(self).__dataclass_fields__.items():

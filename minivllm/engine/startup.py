@@ -24,6 +24,7 @@ from minivllm.models.layers import Placement
 from minivllm.models.llama import Llama
 from minivllm.request import EngineInfo
 from minivllm.tokenizer.load import load_tokenizer
+from minivllm.tracing.writer import TraceWriter
 from minivllm.weights.files import ModelFiles
 from minivllm.weights.loader import check_and_iterate, stored_bits
 
@@ -46,10 +47,12 @@ def build_engine(config: EngineConfig, files: ModelFiles) -> Engine:
     Raises:
         StartupError: a file, a flag or the memory is not as it must be; the message says what to do.
     """
+    # Weights take a while: a file that can't be written had better be known before.
+    trace = None if config.trace is None else TraceWriter(config.trace)
     with stage("weights loaded"):
         model = load_model(config, files)
     with stage("KV cache allocated"):
-        return make_engine(config, files, model)
+        return make_engine(config, files, model, trace)
 
 
 def load_model(config: EngineConfig, files: ModelFiles) -> Llama:
@@ -72,8 +75,10 @@ def load_model(config: EngineConfig, files: ModelFiles) -> Llama:
     return model
 
 
-def make_engine(config: EngineConfig, files: ModelFiles, model: Llama) -> Engine:
-    """Size and allocate the KV pool, print the memory ledger, and build the engine."""
+def make_engine(
+    config: EngineConfig, files: ModelFiles, model: Llama, trace: TraceWriter | None = None
+) -> Engine:
+    """Size and allocate the KV pool, print the memory ledger, build the engine. ``trace`` gets its steps."""
     device = model.placement.device
     kv_dtype = _kv_dtype(config.kv_cache_dtype, model)
     max_num_batched_tokens = config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
@@ -114,6 +119,15 @@ def make_engine(config: EngineConfig, files: ModelFiles, model: Llama) -> Engine
             runner.graphs = DecodeGraphs(
                 model, runner.caches, max_model_len=ledger.max_model_len, sizes=sizes, record=CudaRecorder()
             )
+    if trace is not None:
+        header = {
+            "model": files.name,
+            "device": _device_name(device),
+            "kv_blocks": ledger.num_blocks,
+            "max_model_len": ledger.max_model_len,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }
+        trace.begin(config, header, origin=time.monotonic(), runs_ahead=runner.runs_ahead)
     return Engine(
         config,
         runner,
@@ -122,7 +136,12 @@ def make_engine(config: EngineConfig, files: ModelFiles, model: Llama) -> Engine
         max_num_batched_tokens=max_num_batched_tokens,
         eos_token_ids=eos_token_ids,
         grammars=grammars,
+        sinks=() if trace is None else (trace,),
     )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _allocate(files: ModelFiles, placement: Placement) -> Llama:
