@@ -39,7 +39,7 @@ class BlockUsage:
     internal_waste: int
     """Empty slots that their sequence can never fill."""
     external_waste: int
-    """Free slots that no admission can use, because their run is too short."""
+    """Slots that no sequence can use: of free runs that are too short, or lost to an allocator's rounding."""
     free: int
     """Slots that can be allocated; blocks kept for the prefix cache count as free."""
 
@@ -110,6 +110,10 @@ class BlockManager(ABC):
     def usage(self) -> BlockUsage:
         """Where the pool's slots are."""
 
+    def stranded_blocks(self) -> list[int]:
+        """Free blocks that no admission can use, because their run is too short; here: none."""
+        return []
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless every block is in exactly one place: free, cached or in use."""
         for request in self._live.values():
@@ -119,17 +123,17 @@ class BlockManager(ABC):
         parts = (usage.held, usage.reserved, usage.internal_waste, usage.external_waste, usage.free)
         _require(min(parts) >= 0 and sum(parts) == usage.total, f"slots don't add up: {usage}")
 
-    def _release(self, request: Request) -> None:
-        del self._live[request.request_id]
-        request.block_table = array("i")
-        request.num_computed_tokens = request.num_shareable_blocks = 0
-
-    def _allocated_slots(self, request: Request) -> tuple[int, int, int]:
-        """(held, reserved, internal waste) of one live request's own table."""
+    def allocated_slots(self, request: Request) -> tuple[int, int, int]:
+        """(held, reserved, internal waste) of one live request's own table, in this order."""
         capacity = len(request.block_table) * BLOCK_SIZE
         held = request.num_computed_tokens
         reserved = max(0, min(capacity, request.max_total_tokens) - held)
         return held, reserved, capacity - held - reserved
+
+    def _release(self, request: Request) -> None:
+        del self._live[request.request_id]
+        request.block_table = array("i")
+        request.num_computed_tokens = request.num_shareable_blocks = 0
 
 
 class PagedBlockManager(BlockManager):
@@ -224,22 +228,14 @@ class PagedBlockManager(BlockManager):
         self._release(request)
 
     def usage(self) -> BlockUsage:
-        held = reserved = internal = 0
-        shared: set[int] = set()
-        for request in self._live.values():
-            own_held, own_reserved, own_internal = self._allocated_slots(request)
-            # A block that several requests share is always full: count it once.
-            for block in request.block_table:
-                if self._ref_counts[block] > 1:
-                    if block in shared:
-                        own_held -= BLOCK_SIZE
-                    shared.add(block)
-            held, reserved, internal = held + own_held, reserved + own_reserved, internal + own_internal
+        slots = [self.allocated_slots(request) for request in self._live.values()]
+        # A block that several requests share is always full: count it once.
+        num_counted_again = sum(count - 1 for count in self._ref_counts if count > 1)
         return BlockUsage(
             total=self.num_blocks * BLOCK_SIZE,
-            held=held,
-            reserved=reserved,
-            internal_waste=internal,
+            held=sum(held for held, _, _ in slots) - num_counted_again * BLOCK_SIZE,
+            reserved=sum(reserved for _, reserved, _ in slots),
+            internal_waste=sum(internal for _, _, internal in slots),
             external_waste=0,  # any free block serves any request
             free=self.num_free_blocks * BLOCK_SIZE,
         )
@@ -326,17 +322,20 @@ class ContiguousBlockManager(BlockManager):
         self._release(request)
 
     def usage(self) -> BlockUsage:
-        slots = [self._allocated_slots(request) for request in self._live.values()]
-        free_runs = [end - start for start, end in self._gaps()]
-        too_short = sum(length % self.run_length for length in free_runs)
+        slots = [self.allocated_slots(request) for request in self._live.values()]
+        too_short = len(self.stranded_blocks())
         return BlockUsage(
             total=self.num_blocks * BLOCK_SIZE,
             held=sum(held for held, _, _ in slots),
             reserved=sum(reserved for _, reserved, _ in slots),
             internal_waste=sum(internal for _, _, internal in slots),
             external_waste=too_short * BLOCK_SIZE,
-            free=(sum(free_runs) - too_short) * BLOCK_SIZE,
+            free=(self.num_free_blocks - too_short) * BLOCK_SIZE,
         )
+
+    def stranded_blocks(self) -> list[int]:
+        gaps = self._gaps()
+        return [block for start, end in gaps for block in range(end - (end - start) % self.run_length, end)]
 
     def check_integrity(self) -> None:
         super().check_integrity()

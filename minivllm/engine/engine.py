@@ -53,6 +53,7 @@ class Engine:
         grammars: what requests with a grammar need; None where none may have one.
         clock: seconds, above 0, for the requests' metrics; a simulation has one of its own.
         sinks: get a record of each step; without any, none are made.
+        block_manager: an experiment's own, of ``num_blocks`` blocks, instead of the one that config names.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Engine:
         grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
         sinks: Sequence[Sink] = (),
+        block_manager: BlockManager | None = None,
     ) -> None:
         self.clock = clock
         self._recorder = StepRecorder(sinks, clock) if sinks else None
@@ -74,7 +76,9 @@ class Engine:
         self.grammars = grammars
         self.runner = runner
         self.block_manager: BlockManager
-        if config.kv_allocation == "paged":
+        if block_manager is not None:
+            self.block_manager = block_manager
+        elif config.kv_allocation == "paged":
             self.block_manager = PagedBlockManager(num_blocks, use_prefix_cache=config.use_prefix_cache)
         else:
             self.block_manager = ContiguousBlockManager(num_blocks, max_model_len=info.max_model_len)
