@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": ("minivllm.serve", "serve a model behind OpenAI routes"),
     "chat": ("minivllm.chat", "talk to a model in the terminal"),
     "generate": ("minivllm.generate", "complete one prompt and print it"),
+    "simulate": ("minivllm_bench.simulator.cli", "predict all that for hardware that isn't there"),
     "bench": ("minivllm_bench.cli", "measure a server, compare the modes, look at memory"),
 }
 

@@ -64,8 +64,8 @@ class Simulation:
     ) -> None:
         self.records: list[RequestRecord] = []
         """Of every request that was sent, in order of sending."""
-        self.stats: list[EngineStats] = []
-        """The engine's, every half second."""
+        self.stats: list[tuple[float, EngineStats]] = []
+        """The engine's, every half second: seconds since the run began, and what it said then."""
         self._engine = engine
         self._clock = clock
         self._start = clock.now
@@ -89,7 +89,7 @@ class Simulation:
         engine, clock, waiting = self._engine, self._clock, self._waiting
         while clock.now < end:
             if clock.now >= self._start + len(self.stats) * STATS_SECONDS:
-                self.stats.append(engine.stats())
+                self.stats.append((self.seconds, engine.stats()))
             while waiting and waiting[0][0] <= clock.now:
                 sent, _, chat = heapq.heappop(waiting)
                 self._send(chat, sent)
@@ -124,7 +124,12 @@ class Simulation:
         request_id = f"{chat.number}.{chat.turn}"
         output_tokens = chat.session.turns[chat.turn].output_tokens
         self.records.append(record)
+        longest = self._engine.info.max_model_len
         try:
+            if record.prompt_tokens + output_tokens > longest:
+                raise InvalidRequestError(
+                    f"{record.prompt_tokens + output_tokens} tokens are more than --max-model-len {longest}"
+                )
             self._engine.add(
                 request_id, list(prompt), SamplingParams(max_tokens=output_tokens, ignore_eos=True)
             )
