@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": ("minivllm.generate", "complete one prompt and print it"),
     "simulate": ("minivllm_bench.simulator.cli", "predict all that for hardware that isn't there"),
     "bench": ("minivllm_bench.cli", "measure a server, compare the modes, look at memory"),
+    "trace": ("minivllm.trace", "explain a file that serve --trace wrote"),
 }
 
 

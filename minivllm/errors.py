@@ -12,10 +12,11 @@
     ├── EngineDeadError                            500  the engine process is gone
     ├── RequestFailedError                         500  this request's step raised
     ├── ShuttingDownError                          503  the server drains
-    └── StartupError         (also a ValueError)    -   can't start: one clear line, exit code 1
-        ├── ConfigError                                 a flag or a combination of flags
-        ├── ModelLoadError                              a model's files
-        └── OutOfMemoryError                            doesn't fit; the message says what would
+    ├── StartupError         (also a ValueError)    -   can't start: one clear line, exit code 1
+    │   ├── ConfigError                                 a flag or a combination of flags
+    │   ├── ModelLoadError                              a model's files
+    │   └── OutOfMemoryError                            doesn't fit; the message says what would
+    └── TraceError           (also a ValueError)    -   a trace file can't be used, or what is asked of it
 
 Bad input is always one of these, never an ``assert`` (``python -O`` strips asserts).
 """
@@ -114,3 +115,7 @@ class ModelLoadError(StartupError):
 
 class OutOfMemoryError(StartupError):
     """Weights or KV cache don't fit. The message says what to change, and to what."""
+
+
+class TraceError(MinivllmError, ValueError):
+    """A trace file can't be read, isn't one, is cut short, or doesn't hold what was asked for."""

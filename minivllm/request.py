@@ -220,6 +220,8 @@ class Request:
     """Prompt and output together end here."""
     priority: int = 0
     """The lower, the sooner it is admitted."""
+    client_id: str | None = None
+    """What its client calls it, for traces alone."""
     end_token_ids: frozenset[int] = frozenset()
     """Any of these ends it, once it has more than ``min_tokens``. Set by the scheduler."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)

@@ -127,7 +127,12 @@ class EngineClient:
         return self._stats
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        priority: int = 0,
+        client_id: str | None = None,
     ) -> AsyncGenerator[EngineEvent, None]:
         """Run one request that :func:`minivllm.request.check_request` has let through.
 
@@ -144,7 +149,7 @@ class EngineClient:
         queue: asyncio.Queue[EngineEvent | MinivllmError] = asyncio.Queue()
         self._queues[request_id] = queue
         self._is_idle.clear()
-        self._send(messages.AddRequest(request_id, prompt_token_ids, sampling, priority))
+        self._send(messages.AddRequest(request_id, prompt_token_ids, sampling, priority, client_id))
         is_finished = False
         try:
             while not is_finished:

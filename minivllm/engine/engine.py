@@ -107,11 +107,18 @@ class Engine:
         return self.scheduler.has_work or bool(self._in_flight) or bool(self._compiling)
 
     def add(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        client_id: str | None = None,
     ) -> None:
         """Queue a request that :func:`minivllm.request.check_request` has let through.
 
-        Of those that wait, the one of the lowest ``priority`` is admitted first.
+        Of those that wait, the one of the lowest ``priority`` is admitted first. ``client_id`` is what its
+        client calls it, for traces alone.
 
         Raises:
             InvalidRequestError: the id is taken, the sequence could never fit into the KV pool, or a
@@ -134,6 +141,7 @@ class Engine:
             seed=self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed,
             max_total_tokens=max_total_tokens,
             priority=priority,
+            client_id=client_id,
             metrics=RequestMetrics(arrival_time=self.clock()),
         )
         if sampling.grammar is None:

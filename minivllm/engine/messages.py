@@ -14,6 +14,7 @@ class AddRequest(msgspec.Struct, tag=True):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     priority: int = 0
+    client_id: str | None = None
 
 
 class AbortRequest(msgspec.Struct, tag=True):

@@ -98,7 +98,13 @@ def _handle(engine: Engine, message: messages.ToEngine) -> list[EngineEvent]:
         event = engine.abort(message.request_id)
         return [] if event is None else [event]
     try:
-        engine.add(message.request_id, message.prompt_token_ids, message.sampling, priority=message.priority)
+        engine.add(
+            message.request_id,
+            message.prompt_token_ids,
+            message.sampling,
+            priority=message.priority,
+            client_id=message.client_id,
+        )
     except InvalidRequestError as error:
         return [EngineEvent(message.request_id, [], finish_reason=FinishReason.ERROR, error=str(error))]
     return []

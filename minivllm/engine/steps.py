@@ -26,6 +26,13 @@ class Arrival(NamedTuple):
     num_prompt_tokens: int
     max_new_tokens: int
     priority: int
+    client_id: str | None = None
+    """What its client calls it, where it has a name of its own for it; not always unique."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All that it goes by."""
+        return (self.request_id,) if self.client_id is None else (self.request_id, self.client_id)
 
 
 class Admission(NamedTuple):
@@ -184,6 +191,7 @@ class StepRecorder:
                 request.num_prompt_tokens,
                 request.max_total_tokens - request.num_prompt_tokens,
                 request.priority,
+                request.client_id,
             )
         )
 

@@ -26,7 +26,12 @@ class Engine(Protocol):
         """Whether requests can still be served."""
 
     def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        priority: int = 0,
+        client_id: str | None = None,
     ) -> AsyncGenerator[EngineEvent, None]:
         """A request's events, the last with its finish reason; closing it early aborts the request."""
 

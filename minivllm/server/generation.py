@@ -10,6 +10,7 @@ from minivllm.completion import CompletionDelta, CompletionStream
 from minivllm.errors import InvalidRequestError, RequestFailedError
 from minivllm.request import CompletionOutput, FinishReason, SamplingParams, check_request
 from minivllm.server.context import ServerContext
+from minivllm.server.request_id import current_request_id
 from minivllm.server.streaming import run_all
 
 OnDelta = Callable[[int, CompletionDelta], Awaitable[None]]
@@ -93,7 +94,12 @@ async def _run_sample(
         sample.index,
         shown_token_ids=shown_token_ids,
     )
-    events = context.engine.generate(sample.request_id, sample.prompt_token_ids, sample.sampling, priority)
+    client_id = current_request_id()
+    if client_id is not None and client_id in sample.request_id:
+        client_id = None  # the client gave none, and is told this one
+    events = context.engine.generate(
+        sample.request_id, sample.prompt_token_ids, sample.sampling, priority, client_id
+    )
     async with contextlib.aclosing(events):
         async for event in events:
             if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):

@@ -47,6 +47,11 @@ class RequestIdMiddleware:
         await self.app(scope, receive, send_with_id)
 
 
+def current_request_id() -> str | None:
+    """What the client calls the HTTP request in whose course this is called; None where there is none."""
+    return _current.get()
+
+
 class RequestIdFilter(logging.Filter):
     """Gives each log record the id of the request in whose course it came about, as ``request``."""
 

@@ -79,6 +79,7 @@ def encode(record: StepRecord, numbers: Mapping[str, int], origin: float, tid: i
                 "prompt_tokens": item.num_prompt_tokens,
                 "max_new_tokens": item.max_new_tokens,
                 "priority": item.priority,
+                "client_id": item.client_id,
             }
             for item in record.arrived
         ]
@@ -141,11 +142,12 @@ def decode(line: str | bytes, ids: dict[int, str]) -> StepRecord:
         arrived=[
             Arrival(
                 str(item["id"]),
-                item["time"] / 1e6,
-                item["queued_time"] / 1e6,
+                int(item["time"]) / 1e6,
+                int(item["queued_time"]) / 1e6,
                 int(item["prompt_tokens"]),
                 int(item["max_new_tokens"]),
                 int(item["priority"]),
+                None if item["client_id"] is None else str(item["client_id"]),
             )
             for item in args.get("arrived", ())
         ],
@@ -154,7 +156,7 @@ def decode(line: str | bytes, ids: dict[int, str]) -> StepRecord:
         ended=[
             Ending(
                 name(item["number"]),
-                item["time"] / 1e6,
+                int(item["time"]) / 1e6,
                 FinishReason(item["reason"]),
                 None if item["error"] is None else str(item["error"]),
             )

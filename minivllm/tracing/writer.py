@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 HEADER_NAME = "minivllm trace"
+BEGINNING = f'[\n{{"name":"{HEADER_NAME}",'
 _DEVICE_TID = 3
 
 

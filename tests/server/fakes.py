@@ -80,15 +80,22 @@ class FakeEngine:
         self.is_alive = True
         self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
         self.priorities: dict[str, int] = {}
+        self.client_ids: dict[str, str | None] = {}
         self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.closed: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Requests that were left before their end."""
         self._tokenizer = tokenizer
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        priority: int = 0,
+        client_id: str | None = None,
     ) -> AsyncGenerator[EngineEvent, None]:
         self.requests[request_id] = (prompt_token_ids, sampling)
+        self.client_ids[request_id] = client_id
         self.priorities[request_id] = priority
         is_finished = False
         try:
