@@ -15,17 +15,18 @@ from minivllm.config import EngineConfig, flag, format_size, option
 from minivllm.engine.memory import MemoryLedger
 from minivllm.errors import ConfigError
 from minivllm.flags import Parser
+from minivllm.tracing.reader import TraceReader
 from minivllm_bench.compare_config import MODES
 from minivllm_bench.jsonl import find_workload
 from minivllm_bench.results import Point
 from minivllm_bench.simulator import tables
 from minivllm_bench.simulator.answers import Limits, gpus_for, users_within, worth_of_paging
-from minivllm_bench.simulator.calibrate import Calibration, calibrate, read_samples
+from minivllm_bench.simulator.calibrate import Calibration, calibrate, samples_of
 from minivllm_bench.simulator.cost_model import Rates
 from minivllm_bench.simulator.deployment import Deployment, kv_itemsize
 from minivllm_bench.simulator.devices import CPU, DEVICES, find_device
 from minivllm_bench.simulator.measure import RatePoint, run_rate, run_users
-from minivllm_bench.simulator.models import MODELS, ModelShape, find_model
+from minivllm_bench.simulator.models import MODELS, find_model
 from minivllm_bench.workloads import WORKLOADS, Workload
 
 DEFAULT_MAX_MODEL_LEN = 4096
@@ -186,9 +187,7 @@ def _modes(
     if config.weight_bits is not None:
         model = replace(model, linear_bits=config.weight_bits)
     given = {name: value for name, value in vars(parsed).items() if name in (*ENGINE_FLAGS, "preset")}
-    given.setdefault(
-        "max_model_len", min(DEFAULT_MAX_MODEL_LEN, model.config.max_position_embeddings)
-    )
+    given.setdefault("max_model_len", min(DEFAULT_MAX_MODEL_LEN, model.config.max_position_embeddings))
     modes = {name: vars(parser.parse(list(mode.flags))) for name, mode in MODES.items()}
     if not config.compare:
         modes = {"given": {}}
@@ -197,17 +196,14 @@ def _modes(
         engine_config = parser.make_config(EngineConfig, argparse.Namespace(**{**given, **flags}))
         if rates is None:
             if config.calibrate is not None:
-                calibration = _calibration(config.calibrate, model, kv_itemsize(engine_config, model, device))
+                samples = samples_of(TraceReader(config.calibrate))
+                calibration = calibrate(samples, model, kv_itemsize(engine_config, model, device))
                 rates = calibration.rates
             else:
                 assert device is not None
                 rates = Rates.of_device(device, model)
         deployment = Deployment(model=model, device=device, rates=rates, config=engine_config)
         yield name, (deployment, calibration)
-
-
-def _calibration(path: str, model: ModelShape, itemsize: int) -> Calibration:
-    return calibrate(read_samples(Path(path)), model, itemsize)
 
 
 def _label(config: EngineConfig) -> str:

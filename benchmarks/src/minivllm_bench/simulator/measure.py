@@ -29,9 +29,7 @@ class RatePoint(TypedDict):
     occupancy: Occupancy | None
 
 
-def run_users(
-    deployment: Deployment, workload: Workload, *, users: int, seconds: float, seed: int
-) -> Point:
+def run_users(deployment: Deployment, workload: Workload, *, users: int, seconds: float, seed: int) -> Point:
     """A closed loop, as ``minivllm bench compare`` measures it: until each user has a first token (or they
     queue), and ``seconds`` more."""
     engine, clock = deployment.engine()
