@@ -1,8 +1,8 @@
-"""After calibration on one workload, simulated and measured runs of others agree, on whatever machine this is.
+"""After calibration on one workload, simulated and measured runs of others agree, on whatever machine it is.
 
-Both runs go through the same loop. The measured engine computes with one thread, and its clock is that thread's
-CPU time: what others do on the machine meanwhile takes none of it, other than by sharing caches and clock rate.
-On an idle machine it is the same as the wall clock's.
+Both runs go through the same loop. The measured engine computes with one thread, and its clock is that
+thread's CPU time: what others do on the machine meanwhile takes none of it, other than by sharing caches and
+clock rate. On an idle machine it is the same as the wall clock's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+from minivllm import LLM
+from minivllm.config import EngineConfig
+from minivllm.engine.engine import Engine
+from minivllm.engine.steps import StepRecord
 from minivllm_bench.metrics import summarise
 from minivllm_bench.simulator.calibrate import Sample, calibrate, samples_of
 from minivllm_bench.simulator.clock import VirtualClock
@@ -22,14 +27,9 @@ from minivllm_bench.simulator.models import find_model
 from minivllm_bench.simulator.simulation import Simulation
 from minivllm_bench.workloads import Session, Workload, fixed, memoryless, sharegpt_like
 
-from minivllm import LLM
-from minivllm.config import EngineConfig
-from minivllm.engine.engine import Engine
-from minivllm.engine.steps import StepRecord
-
 TOLERANCE = 0.15
 ATTEMPTS = 3
-"""Another program that begins or ends in the midst of it all changes the clock rate, and with it the machine."""
+"""Another program that begins or ends meanwhile changes the clock rate, and with it the machine."""
 ROUNDS = 2
 CONFIG = EngineConfig(seed=0, max_model_len=1024)
 
@@ -48,7 +48,7 @@ VALIDATION: dict[str, tuple[int, int, Workload]] = {
 
 
 class ThreadTime(VirtualClock):
-    """This thread's CPU time. Nobody can advance it, and nobody has to: users wait for nothing but answers."""
+    """This thread's CPU time. Nobody can advance it, nor has to: users wait for nothing but answers."""
 
     def __init__(self) -> None:
         pass

@@ -101,7 +101,7 @@ def worth_of_paging(deployment: Deployment, paged: Point | None, contiguous: Poi
     ratio = ours["output_throughput"] / theirs["output_throughput"]
     at_once = [0 if p["occupancy"] is None else p["occupancy"]["running_max"] for p in (paged, contiguous)]
     return (
-        f"paging, with --max-model-len {ledger.max_model_len}: {ledger.num_seqs_contiguous} sequences fit at once "
-        f"without it; of {paged['users']} users {at_once[0]} ran at once with it and {at_once[1]} without, and it "
-        f"made {ratio:.2f} times the tokens"
+        f"paging, with --max-model-len {ledger.max_model_len}: {ledger.num_seqs_contiguous} sequences fit at "
+        f"once without it; of {paged['users']} users {at_once[0]} ran at once with it and {at_once[1]} "
+        f"without, and it made {ratio:.2f} times the tokens"
     )

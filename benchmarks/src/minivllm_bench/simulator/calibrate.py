@@ -1,10 +1,10 @@
 """Fits a device's rates to steps that were measured.
 
-For a given balance of a device, flops / bandwidth, each part of a step is on a known side of its roof, and a
-step's time is linear in the other unknowns: 1 / bandwidth, 1 / KV bandwidth, 1 / attention flops and the seconds
-besides. So the balance is searched on a grid, and the rest is least squares without negative results, of relative
-errors: a step of 5 ms counts as much as one of 500. Steps that took far longer than the fit says, because
-something else ran on the machine, are left out of a second fit.
+For a given balance of a device, flops / bandwidth, each part of a step is on a known side of its roof, and
+a step's time is linear in the other unknowns: 1 / bandwidth, 1 / KV bandwidth, 1 / attention flops and the
+seconds besides. So the balance is searched on a grid, and the rest is least squares without negative
+results, of relative errors: a step of 5 ms counts as much as one of 500. Steps that took far longer than
+the fit says, because something else ran on the machine, are left out of a second fit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minivllm_bench.simulator.models import ModelShape
 from minivllm_bench.simulator.work import StepWork
 
 LEAST_STEPS = 20
-_BALANCES = np.geomspace(0.1, 3000.0, 120)  # operations per byte; in 16 bits an H100 has 295
+_BALANCES = np.geomspace(0.1, 3000.0, 60)  # operations per byte; in 16 bits an H100 has 295
 _OUTLIER = 4.0  # times the median error
 
 Array = npt.NDArray[np.float64]
@@ -106,16 +106,18 @@ def _fit(samples: Sequence[Sample], model: ModelShape, kv_itemsize: int) -> Rate
     sequences, tokens, sampled, decode_context, prefill_context, pairs = works.T
     kv = (decode_context + prefill_context) * model.kv_bytes(kv_itemsize)
     others = [kv, pairs * model.attention_flops, np.ones_like(seconds), sequences]
-    best: tuple[float, float, Array] | None = None
-    for balance in _BALANCES:
+
+    def at(balance: float) -> tuple[float, float, Array]:
         linear = np.maximum(model.linear_bytes, 2 * model.num_linear_params * tokens / balance)
         head = np.maximum(model.head_bytes, 2 * model.num_head_params * sampled / balance) * (sampled > 0)
         features = np.stack([linear + head, *others], axis=1) / seconds[:, None]
         solution, error = _non_negative_least_squares(features)
-        if best is None or error < best[0]:
-            best = error, float(balance), solution
-    assert best is not None
-    _, balance, solution = best
+        return error, balance, solution
+
+    _, coarse, _ = min(map(at, _BALANCES.tolist()), key=lambda found: found[0])
+    step = float(_BALANCES[1] / _BALANCES[0])
+    finer = np.geomspace(coarse / step, coarse * step, 60)
+    _, balance, solution = min(map(at, finer.tolist()), key=lambda found: found[0])
     weight, kv_byte, pair, step, sequence = solution.tolist()
     bandwidth = _rate(weight)
     return Rates(

@@ -214,8 +214,7 @@ def _label(config: EngineConfig) -> str:
 def _head(deployment: Deployment, ledger: MemoryLedger, calibration: Calibration | None) -> list[str]:
     rates = deployment.rates
     lines = [
-        f"{deployment.model.name} ({format_size(deployment.model.weight_bytes)}) on {deployment.device_name}, "
-        "simulated",
+        f"{deployment.model.name} on {deployment.device_name}, simulated",
         *ledger.lines(),
         f"rates: weights {rates.bandwidth / 1e9:.4g} GB/s, KV {rates.kv_bandwidth / 1e9:.4g} GB/s, products "
         f"{rates.flops / 1e12:.4g} TFLOP/s, attention {rates.attention_flops / 1e12:.4g} TFLOP/s, "

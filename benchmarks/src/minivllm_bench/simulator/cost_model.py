@@ -5,7 +5,8 @@ A step's matrix products either wait for their weights to come out of memory, or
     layers      max(weight bytes / bandwidth, 2 x weights x tokens / flops)
     logits      max(head bytes / bandwidth, 2 x head weights x sampled tokens / flops)
     decodes     KV bytes of all their contexts / KV bandwidth
-    prefill     KV bytes of the chunks' contexts / KV bandwidth + query-key pairs x flops each / attention flops
+    prefill     KV bytes of the chunks' contexts / KV bandwidth
+                + pairs of a query and a key x flops of each / attention flops
     besides     so much a step, and so much a sequence
 
 These are sums, since the parts run one after the other. What :class:`Rates` has are rates that are achieved,
@@ -23,8 +24,8 @@ from minivllm_bench.simulator.runner import StepCost
 from minivllm_bench.simulator.work import StepWork
 
 BANDWIDTH_SHARE = 0.8
-"""Of a GPU's memory bandwidth that kernels which only stream weights or keys get: a copy that does nothing else
-gets 0.83 of it on an A100 PCIe and on a Titan RTX (github.com/cissieAB/ifarm-gpus, docs/roofline.md)."""
+"""Of a GPU's memory bandwidth that kernels which only stream weights or keys get: a copy that does nothing
+else gets 0.83 of it on an A100 PCIe and on a Titan RTX (github.com/cissieAB/ifarm-gpus, docs/roofline.md)."""
 
 FLOPS_SHARE = 0.7
 """Of the tensor cores' rate in large matrix products: 0.74 on an A100 (230 of 312 TFLOP/s,
@@ -41,8 +42,8 @@ KERNEL_GAP = 2e-6
 
 HOST_STEP_SECONDS = 0.08e-3
 HOST_SEQUENCE_SECONDS = 3.1e-6
-"""What the scheduler takes, and building and taking in a step: benchmarks/results/scheduler.json, measured at 1
-and at 256 sequences. On a GPU it runs beside the step before, and only counts where it is slower."""
+"""What scheduling, building and taking in a step take: benchmarks/results/scheduler.json, at 1 and at 256
+sequences. On a GPU it runs beside the step before, and only counts where it is slower."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""A model on a device, with the engine's settings: how much KV memory there is, and an engine to try it with."""
+"""A model on a device, with the engine's settings: how much KV memory there is, and an engine to try it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,6 +13,8 @@ from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.engine import Engine
 from minivllm.engine.memory import MemoryLedger, device_memory, estimate_workspace, plan_memory
 from minivllm.engine.startup import DEFAULT_BATCHED_TOKENS
+from minivllm.engine.steps import Sink
+from minivllm.errors import OutOfMemoryError
 from minivllm.request import EngineInfo
 from minivllm_bench.simulator.clock import VirtualClock
 from minivllm_bench.simulator.cost_model import CostModel, Rates
@@ -65,7 +68,14 @@ class Deployment:
         else:
             total = self.device.memory
             free = total - CONTEXT_BYTES - weights
-        ledger = plan_memory(
+        try:
+            ledger = self._plan(device, weights, free, total)
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(f"{self.model.name} on {self.device_name}: {error.message}") from None
+        return replace(ledger, device=self.device_name)
+
+    def _plan(self, device: torch.device, weights: int, free: int, total: int) -> MemoryLedger:
+        return plan_memory(
             self.config,
             self.model.config,
             device=device,
@@ -78,13 +88,15 @@ class Deployment:
             max_num_batched_tokens=self.max_num_batched_tokens,
             memory=(free, total),
         )
-        return replace(ledger, device=self.device_name)
 
-    def engine(self, block_manager: BlockManager | None = None) -> tuple[Engine, VirtualClock]:
+    def engine(
+        self, block_manager: BlockManager | None = None, sinks: Sequence[Sink] = ()
+    ) -> tuple[Engine, VirtualClock]:
         """The engine over a simulated runner, and the clock of both.
 
         Args:
             block_manager: an experiment's own, instead of the one that the settings name.
+            sinks: get a record of each step.
         """
         clock = VirtualClock()
         ledger = self.ledger()
@@ -99,6 +111,7 @@ class Deployment:
             eos_token_ids=frozenset(),
             clock=clock,
             block_manager=block_manager,
+            sinks=sinks,
         )
         return engine, clock
 

@@ -59,7 +59,7 @@ class ModelShape:
 
     @property
     def attention_flops(self) -> int:
-        """For one query token and one key, over all layers: scores, then values, each multiplied and added."""
+        """For one query and one key, over all layers: scores, then values, each multiplied and added."""
         return 4 * self.config.num_layers * self.config.num_heads * self.config.head_dim
 
     def kv_bytes(self, itemsize: int) -> int:

@@ -12,7 +12,7 @@ RATES_HEAD = f"{'sess./s':>8}" + "".join(f"{name:>10}" for name in (_COLUMNS[0],
 
 
 def users_row(point: Point) -> str:
-    """One number of users. Times are in milliseconds; ``>``: longer than anybody waited before the run ended."""
+    """One number of users. Times are milliseconds; ``>``: longer than anybody waited before the run ended."""
     figures = point["figures"]
     assert figures is not None
     speeds = (figures["output_throughput"], figures["user_throughput"])
