@@ -60,7 +60,8 @@ def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str
         cli.main([command, "--help"])
     assert e.value.code == 0
     text = capsys.readouterr().out
-    configs = {"serve": [EngineConfig, ServerConfig], "bench": []}.get(command, [EngineConfig])
+    others = {"serve": [EngineConfig, ServerConfig], "bench": [], "simulate": [], "trace": []}
+    configs = others.get(command, [EngineConfig])
     for config in configs:
         for field in dataclasses.fields(config):
             assert flag(field.name) in text

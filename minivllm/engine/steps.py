@@ -238,11 +238,12 @@ class StepRecorder:
             sampled = [*record.decodes, *(item.request_id for item in record.prefills if item.is_last)]
             told = {event.request_id for event in events}
             record.dropped = [request_id for request_id in sampled if request_id not in told]
-        record.device_start = max(record.execute_time, self._device_free_time)
-        self._device_free_time = record.tokens_time
         record.end_time = self.clock()
         while self._open and self._open[0].end_time > 0.0:
             done = self._open.popleft()
+            # One that couldn't be started has ended before the one that was running.
+            done.device_start = min(max(done.execute_time, self._device_free_time), done.tokens_time)
+            self._device_free_time = max(self._device_free_time, done.tokens_time)
             for sink in self.sinks:
                 sink(done)
 

@@ -2,14 +2,16 @@
 
 Moments are whole microseconds since the trace began. A request goes by a number, given in the ``arrived``
 of the step that found it in the queue: its id would be ten times as long, in every step. Lists of requests
-are strings, which a viewer shows in one line: ``3@1021`` is request 3 with 1,021 tokens in its KV cache
-before, and ``17@0+512!`` a prefill of 512 tokens from position 0, of which the next token is sampled.
+are strings, which a viewer shows in one line: the numbers of those that decode; of those that are admitted
+or evicted, ``17@32`` for 32 cached or computed tokens; and ``17@32+480!`` for a prefill of 480 tokens from
+position 32, after which the next token is sampled. How many tokens a decode finds in its KV cache follows
+from the steps before.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from minivllm.engine.steps import Admission, Arrival, Ending, Eviction, Prefill, StepRecord
@@ -27,7 +29,7 @@ def microseconds(moment: float, origin: float) -> int:
     return round((moment - origin) * 1e6)
 
 
-def encode(record: StepRecord, numbers: Mapping[str, int], origin: float, tid: int) -> str:
+def encode(record: StepRecord, numbers: Mapping[str, str], origin: float, tid: int) -> str:
     """The event, a line without its end. ``numbers``: of all requests in the record, by their ids."""
     moments = (
         record.schedule_time,
@@ -47,7 +49,7 @@ def encode(record: StepRecord, numbers: Mapping[str, int], origin: float, tid: i
         f'"running":{record.num_running},"waiting":{record.num_waiting},"blocks":{record.num_used_blocks}'
     ]
     if record.decodes:
-        items = [f"{numbers[request_id]}@{context}" for request_id, context in record.decodes.items()]
+        items = [numbers[request_id] for request_id in record.decodes]
         args.append(f'"decodes":"{" ".join(items)}"')
     if record.prefills:
         items = [
@@ -62,7 +64,7 @@ def encode(record: StepRecord, numbers: Mapping[str, int], origin: float, tid: i
         items = [f"{numbers[item.request_id]}@{item.num_computed_tokens}" for item in record.evicted]
         args.append(f'"evicted":"{" ".join(items)}"')
     if record.dropped:
-        items = [str(numbers[request_id]) for request_id in record.dropped]
+        items = [numbers[request_id] for request_id in record.dropped]
         args.append(f'"dropped":"{" ".join(items)}"')
     others: dict[str, Any] = {}
     if record.waits_for is not None:
@@ -72,7 +74,7 @@ def encode(record: StepRecord, numbers: Mapping[str, int], origin: float, tid: i
     if record.arrived:
         others["arrived"] = [
             {
-                "number": numbers[item.request_id],
+                "number": int(numbers[item.request_id]),
                 "id": item.request_id,
                 "time": microseconds(item.time, origin),
                 "queued_time": microseconds(item.queued_time, origin),
@@ -86,7 +88,7 @@ def encode(record: StepRecord, numbers: Mapping[str, int], origin: float, tid: i
     if record.ended:
         others["ended"] = [
             {
-                "number": numbers[item.request_id],
+                "number": int(numbers[item.request_id]),
                 "time": microseconds(item.time, origin),
                 "reason": item.reason.value,
                 "error": item.error,
@@ -101,77 +103,89 @@ def encode(record: StepRecord, numbers: Mapping[str, int], origin: float, tid: i
     )
 
 
-def decode(line: str | bytes, ids: dict[int, str]) -> StepRecord:
-    """The record, with times in seconds since the trace began.
+class StepDecoder:
+    """Makes records of a trace's lines again, one after the other."""
 
-    Args:
-        ids: by request number; those of requests that arrived are added.
+    def __init__(self) -> None:
+        self._ids: dict[int, str] = {}
+        """Of the requests that have arrived, by number."""
+        self._num_computed: dict[str, int] = {}
+        """Tokens in the KV cache, by id, for those that have run."""
 
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError or RecursionError: it isn't such a line.
-    """
-    event = json.loads(line)
-    args = event["args"]
-    for item in args.get("arrived", ()):
-        ids[item["number"]] = str(item["id"])
+    def __call__(self, line: str | bytes) -> StepRecord:
+        """The record of a step, with times in seconds since the trace began.
 
-    def name(number: int | str) -> str:
-        return ids[int(number)]
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError, OverflowError or RecursionError: it isn't such a
+                line, or not the next one.
+        """
+        event = json.loads(line)
+        args = event["args"]
+        start = int(event["ts"])
+        end = start + int(event["dur"])
 
-    def pairs(key: str) -> list[tuple[str, int]]:
-        items = [item.split("@") for item in args.get(key, "").split()]
-        return [(name(number), int(count)) for number, count in items]
+        def after(moment: int, phase: str, direction: int = 1) -> int:
+            return moment + direction * round(float(args[phase]) * 1e3)
 
-    def after(moment: int, phase: str, direction: int = 1) -> int:
-        return moment + direction * round(float(args[phase]) * 1e3)
+        execute, tokens = after(start, "schedule_ms"), after(end, "update_ms", -1)
+        record = StepRecord(
+            number=int(args["step"]),
+            schedule_time=start / 1e6,
+            execute_time=execute / 1e6,
+            launched_time=after(execute, "execute_ms") / 1e6,
+            wait_time=after(tokens, "wait_ms", -1) / 1e6,
+            tokens_time=tokens / 1e6,
+            end_time=end / 1e6,
+            device_start=after(tokens, "device_ms", -1) / 1e6,
+            waits_for=_text(args.get("waits_for")),
+            num_waiting=int(args["waiting"]),
+            num_running=int(args["running"]),
+            num_used_blocks=int(args["blocks"]),
+            error=_text(args.get("error")),
+        )
+        self._add_requests(record, args)
+        return record
 
-    start, end = int(event["ts"]), int(event["ts"]) + int(event["dur"])
-    execute, tokens = after(start, "schedule_ms"), after(end, "update_ms", -1)
-    error, waits_for = args.get("error"), args.get("waits_for")
-    return StepRecord(
-        number=int(args["step"]),
-        schedule_time=start / 1e6,
-        execute_time=execute / 1e6,
-        launched_time=after(execute, "execute_ms") / 1e6,
-        wait_time=after(tokens, "wait_ms", -1) / 1e6,
-        tokens_time=tokens / 1e6,
-        end_time=end / 1e6,
-        device_start=after(tokens, "device_ms", -1) / 1e6,
-        decodes=dict(pairs("decodes")),
-        prefills=[_prefill(item, name) for item in args.get("prefills", "").split()],
-        arrived=[
-            Arrival(
-                str(item["id"]),
-                int(item["time"]) / 1e6,
-                int(item["queued_time"]) / 1e6,
-                int(item["prompt_tokens"]),
-                int(item["max_new_tokens"]),
-                int(item["priority"]),
-                None if item["client_id"] is None else str(item["client_id"]),
+    def _add_requests(self, record: StepRecord, args: dict[str, Any]) -> None:
+        for item in args.get("arrived", ()):
+            self._ids[int(item["number"])] = str(item["id"])
+            record.arrived.append(
+                Arrival(
+                    str(item["id"]),
+                    int(item["time"]) / 1e6,
+                    int(item["queued_time"]) / 1e6,
+                    int(item["prompt_tokens"]),
+                    int(item["max_new_tokens"]),
+                    int(item["priority"]),
+                    _text(item["client_id"]),
+                )
             )
-            for item in args.get("arrived", ())
-        ],
-        admitted=[Admission(*pair) for pair in pairs("admitted")],
-        evicted=[Eviction(*pair) for pair in pairs("evicted")],
-        ended=[
-            Ending(
-                name(item["number"]),
-                int(item["time"]) / 1e6,
-                FinishReason(item["reason"]),
-                None if item["error"] is None else str(item["error"]),
-            )
-            for item in args.get("ended", ())
-        ],
-        dropped=[name(number) for number in args.get("dropped", "").split()],
-        waits_for=None if waits_for is None else str(waits_for),
-        num_waiting=int(args["waiting"]),
-        num_running=int(args["running"]),
-        num_used_blocks=int(args["blocks"]),
-        error=None if error is None else str(error),
-    )
+        for number, _, count in _items(args, "evicted"):
+            record.evicted.append(Eviction(self._ids[number], count))
+        for number, _, count in _items(args, "admitted"):
+            record.admitted.append(Admission(self._ids[number], count))
+            self._num_computed[self._ids[number]] = count
+        for item in args.get("decodes", "").split():
+            request_id = self._ids[int(item)]
+            record.decodes[request_id] = self._num_computed[request_id]
+            self._num_computed[request_id] += 1
+        for number, rest, start in _items(args, "prefills"):
+            request_id, num_tokens = self._ids[number], int(rest.rstrip("!"))
+            record.prefills.append(Prefill(request_id, start, num_tokens, rest.endswith("!")))
+            self._num_computed[request_id] = start + num_tokens
+        record.dropped = [self._ids[int(number)] for number in args.get("dropped", "").split()]
+        for item in args.get("ended", ()):
+            request_id, time = self._ids[int(item["number"])], int(item["time"]) / 1e6
+            record.ended.append(Ending(request_id, time, FinishReason(item["reason"]), _text(item["error"])))
 
 
-def _prefill(item: str, name: Callable[[str], str]) -> Prefill:
-    number, _, rest = item.partition("@")
-    start, _, num_tokens = rest.partition("+")
-    return Prefill(name(number), int(start), int(num_tokens.rstrip("!")), num_tokens.endswith("!"))
+def _items(args: dict[str, Any], key: str) -> Iterator[tuple[int, str, int]]:
+    """``17@32+480`` as (17, "480", 32); of ``17@32`` the second is empty."""
+    for item in args.get(key, "").split():
+        number, _, rest = item.partition("@")
+        position, _, num_tokens = rest.partition("+")
+        yield int(number), num_tokens, int(position)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from minivllm.engine.steps import StepRecord
 from minivllm.errors import TraceError
-from minivllm.tracing.event import PREFIX, decode
+from minivllm.tracing.event import PREFIX, StepDecoder
 from minivllm.tracing.writer import BEGINNING, FORMAT
 
 _NOT_SO = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
@@ -34,8 +34,9 @@ class TraceReader:
         """That have been read."""
         self._lines = self._read()
         next(self._lines)  # the bracket
+        line = next(self._lines)
         try:
-            self.header = {**json.loads(next(self._lines))["args"]}
+            self.header = {**json.loads(line)["args"]}
         except _NOT_SO:
             raise TraceError(f"{path} is damaged: line 2 isn't a trace's first event") from None
         if self.header.get("format") != FORMAT:
@@ -44,13 +45,13 @@ class TraceReader:
             )
 
     def __iter__(self) -> Iterator[StepRecord]:
-        ids: dict[int, str] = {}
+        decode = StepDecoder()
         prefix = PREFIX.encode()
         for number, line in enumerate(self._lines, start=3):
             if not line.startswith(prefix):
                 continue
             try:
-                record = decode(line, ids)
+                record = decode(line)
             except _NOT_SO:
                 raise TraceError(
                     f"{self.path} is damaged: line {number}, after step {self.num_steps}, isn't a step"

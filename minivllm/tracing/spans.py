@@ -37,7 +37,7 @@ class RequestSpans:
         """Of the requests that run, by id."""
         self._free_rows: list[_Row] = []
         self._num_rows = 0
-        self._waiting: dict[str, tuple[int, str]] = {}
+        self._waiting: dict[str, tuple[str, str]] = {}
         """Of those that wait: their number, and the name of the span."""
 
     @property
@@ -45,7 +45,7 @@ class RequestSpans:
         """Whether nobody waits or runs."""
         return not self._rows and not self._waiting
 
-    def follow(self, record: StepRecord, numbers: Mapping[str, int], at: Callable[[float], int]) -> list[str]:
+    def follow(self, record: StepRecord, numbers: Mapping[str, str], at: Callable[[float], int]) -> list[str]:
         """The events of one more step.
 
         Args:
@@ -76,7 +76,7 @@ class RequestSpans:
                 lines += self._end(ending, at(ending.time))
         return lines
 
-    def _arrive(self, arrival: Arrival, number: int, at: Callable[[float], int]) -> list[str]:
+    def _arrive(self, arrival: Arrival, number: str, at: Callable[[float], int]) -> list[str]:
         lines = []
         came, queued = at(arrival.time), at(arrival.queued_time)
         if queued > came:
@@ -86,7 +86,7 @@ class RequestSpans:
             lines += [f'{{{rest},"ph":"b","ts":{came},{args}}}', f'{{{rest},"ph":"e","ts":{queued}}}']
         return [*lines, self._wait(arrival.request_id, number, queued, "queued")]
 
-    def _wait(self, request_id: str, number: int, time: int, name: str) -> str:
+    def _wait(self, request_id: str, number: str, time: int, name: str) -> str:
         self._waiting[request_id] = number, name
         args = f'"args":{{"request":{json.dumps(request_id)}}}'
         return f'{{{_waiting(number, name)},"ph":"b","ts":{time},{args}}}'
@@ -132,5 +132,5 @@ class RequestSpans:
         ]
 
 
-def _waiting(number: int, name: str) -> str:
+def _waiting(number: str, name: str) -> str:
     return f'"cat":"queue","id":"{number}","name":"{name}","pid":1,"tid":1'

@@ -41,9 +41,9 @@ class TraceWriter:
         self._file: BinaryIO | None = None
         self._origin = 0.0
         self._shows_device = False
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[str, str] = {}
         self._num_requests = 0
-        self._leaving: list[list[tuple[str, int]]] = [[], []]
+        self._leaving: list[list[tuple[str, str]]] = [[], []]
         """Requests that ended in the last two steps: a step that runs ahead may still name them."""
         self._spans = RequestSpans()
         self._track_ends = {ENGINE_TID: 0, NEXT_TID: 0}
@@ -98,7 +98,7 @@ class TraceWriter:
             return
         for arrival in record.arrived:
             self._num_requests += 1
-            self._numbers[arrival.request_id] = self._num_requests
+            self._numbers[arrival.request_id] = str(self._num_requests)
         lines = [*self._step(record), *self._spans.follow(record, self._numbers, self._at)]
         lines += self._counts(record)
         try:

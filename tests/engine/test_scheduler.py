@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import event, given, settings
@@ -152,7 +153,7 @@ class Setup:
     num_parallel: int = 1
     prefix_cache: bool | None = None
 
-    def engine(self, runner: FakeRunner) -> Engine:
+    def engine(self, runner: FakeRunner, **options: Any) -> Engine:
         config = EngineConfig(
             kv_allocation=self.allocation,
             scheduler=self.scheduler,
@@ -168,6 +169,7 @@ class Setup:
             num_blocks=self.num_blocks,
             max_num_batched_tokens=self.budget,
             eos_token_ids=EOS,
+            **options,
         )
 
     @property

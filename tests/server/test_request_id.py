@@ -40,6 +40,20 @@ def test_every_answer_carries_one(
     assert all(FRESH.fullmatch(id) for id in seen)
 
 
+def test_the_engine_learns_what_the_client_calls_a_request(server: RunningServer) -> None:
+    """In a trace both names find it. Where the client gives none, the one it gets is part of the other."""
+    requests = server.engine.client_ids
+    for id in ("mine-3", None):
+        before = set(requests)
+        body = {"prompt": ["x", "y"], "max_tokens": 1}
+        answer = server.http.post("/v1/completions", json=body, headers={"X-Request-Id": id} if id else {})
+        new = set(requests) - before
+        assert new == {f"{answer.json()['id']}-{number}" for number in range(2)}
+        assert {requests[name] for name in new} == {id}
+        if id is None:
+            assert all(answer.headers["X-Request-Id"] in name for name in new)
+
+
 @pytest.mark.parametrize("id", ["x", "~!", "x" * 128, 'a"b\\c%s{0}'])
 def test_ids_that_are_kept(server: RunningServer, id: str) -> None:
     assert server.http.get("/version", headers={"X-Request-Id": id}).headers["X-Request-Id"] == id
