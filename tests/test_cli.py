@@ -14,6 +14,7 @@ import pytest
 from minivllm import cli
 from minivllm.config import EngineConfig, ServerConfig, flag
 from minivllm.flags import Parser
+from minivllm_bench import cli as bench
 
 
 def engine_config(*argv: str) -> EngineConfig:
@@ -54,7 +55,7 @@ def test_the_preset_is_overridden_by_flags() -> None:
     assert (mixed.scheduler, mixed.kv_allocation) == ("sequential", "paged")
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "bench"])
 def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as e:
         cli.main([command, "--help"])
@@ -67,6 +68,25 @@ def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str
             assert flag(field.name) in text
             has_default = "default:" in field.metadata["help"] or field.default is not None
             assert has_default, f"{field.name} says nothing about its default"
+
+
+@pytest.mark.parametrize("command", bench.COMMANDS)
+def test_every_flag_of_a_benchmark_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        cli.main(["bench", command, "--help"])
+    assert e.value.code == 0
+    words = capsys.readouterr().out.split()
+    assert f"minivllm bench {command}" in " ".join(words)
+    assert any(word.startswith("--") for word in words)
+
+
+def test_the_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        cli.main(["bench", "--help"])
+    assert e.value.code == 0
+    text = capsys.readouterr().out
+    for name in bench.COMMANDS:
+        assert f"\n  {name} " in text or f"\n    {name} " in text
 
 
 @pytest.mark.parametrize(

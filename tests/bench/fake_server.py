@@ -75,8 +75,11 @@ class FakeServer:
     most_under_way: int = 0
     models: Reply | None = None
     """Of /v1/models; None: there is one model, "fake"."""
-    is_asked: threading.Event = field(default_factory=threading.Event)
-    """Set when a request comes after the probe's."""
+    dies_after: int | None = None
+    """From this request on, the probe's among them, it cuts all connections and takes no more."""
+    hangs: threading.Event = field(default_factory=threading.Event)
+    """Set while a request hangs."""
+    site: web.BaseSite | None = None
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -94,8 +97,11 @@ class FakeServer:
         body = await request.json()
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
-        if len(self.bodies) > 1:
-            self.is_asked.set()
+        if self.dies_after is not None and len(self.bodies) > self.dies_after:
+            assert self.site is not None
+            if len(self.bodies) == self.dies_after + 1:
+                await self.site.stop()
+            return await self._send(request, Reply(is_cut=True))
         self.num_under_way += 1
         self.most_under_way = max(self.most_under_way, self.num_under_way)
         try:
@@ -110,6 +116,7 @@ class FakeServer:
             await asyncio.sleep(wait)
             await response.write(data)
         if reply.hangs:
+            self.hangs.set()
             await asyncio.Event().wait()
         if reply.is_cut:
             assert request.transport is not None
@@ -145,6 +152,7 @@ def served(server: FakeServer) -> Iterator[str]:
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
+        server.site = site
         started.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
         return runner
 

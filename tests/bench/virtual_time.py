@@ -33,6 +33,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual.now
 
+    def stall(self, seconds: float) -> None:
+        """Time passes in which nothing can happen."""
+        self._virtual.now += seconds
+
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """``asyncio.run``, in virtual time."""

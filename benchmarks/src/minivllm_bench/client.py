@@ -19,8 +19,6 @@ from minivllm_bench.prompts import Conversation
 from minivllm_bench.records import RequestRecord
 from minivllm_bench.sse import EventParser
 
-ENDPOINTS = ("completions", "chat")
-
 
 class UnreachableError(MinivllmError):
     """No connection to the server can be made, or it doesn't answer as it should."""
@@ -71,7 +69,7 @@ class Client:
         connector: how to connect; None: TCP, as many connections as there are requests.
 
     Raises:
-        ConfigError: the URL is not one.
+        ConfigError: the URL is not one, or has a user where there is an API key.
     """
 
     def __init__(
@@ -92,6 +90,8 @@ class Client:
         self._route = f"{self.base_url}/{'chat/completions' if self._is_chat else 'completions'}"
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if api_key is not None:
+            if urlsplit(url).username is not None:
+                raise ConfigError("give either an API key or a user in the URL: both go into the same header")
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._temperature = temperature
         self._timeout = timeout
@@ -127,9 +127,10 @@ class Client:
                     content = await response.read()
                     if response.status != 200:
                         raise UnreachableError(f"{shown(url)}: {_refusal(response.status, content)}")
-                self.model = str(json.loads(content)["data"][0]["id"])
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
                 raise UnreachableError(f"{shown(url)}: {self._failure(error)}") from None
+            try:
+                self.model = str(json.loads(content)["data"][0]["id"])
             except (ValueError, LookupError, TypeError):
                 raise UnreachableError(f"{shown(url)} lists no model: name one with --model") from None
         return self.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
+import functools
 import shlex
 import signal
 import sys
@@ -124,7 +125,7 @@ class Http:
         """See :class:`minivllm_bench.sweep.Target`."""
 
         def measure(ask: Ask) -> Coroutine[Any, Any, Point]:
-            health = lambda: read_health(self._url)  # noqa: E731
+            health = functools.partial(read_health, self._url)
             return measure_point(ask, health, self._workload, users=users, seconds=seconds, seed=seed)
 
         return self._run(measure)

@@ -30,8 +30,8 @@ MODES = {
     "sequential-4": Mode("sequential, 4 slots", ("--preset", "ollama", "--num-parallel", "4")),
     "sequential-1": Mode("sequential, 1 slot", ("--preset", "ollama", "--num-parallel", "1")),
 }
-"""In the order of measuring. The last two are how Ollama-style runners do it: so many slots, each with KV memory
-for the longest sequence, and a queue before them."""
+"""In the order of measuring. The last two are how Ollama-style runners do it: so many slots, each with KV
+memory for the longest sequence, and a queue before them."""
 
 QUICK = {"users": "1,8,50", "seconds": 3.0, "agent_steps": 4, "agent_users": "1", "minutes": 2.0}
 """``--quick``: other defaults."""

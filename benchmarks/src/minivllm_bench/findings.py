@@ -1,4 +1,4 @@
-"""What a comparison says: curves, multiples, and the sentence above the report. Nothing that wasn't measured."""
+"""What a comparison says: curves, multiples, and the sentence above the report; only what was measured."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Findings:
         return (point for point in points if point["figures"] is not None)
 
     def curve(self, name: str) -> dict[int, float]:
-        """Output tokens per second of all users together, by users; points with failed requests are left out."""
+        """Output tokens per second of all users together; points with failed requests are left out."""
         return {
             point["users"]: point["figures"]["output_throughput"]
             for point in self.measured(name)
@@ -76,6 +76,16 @@ class Findings:
         """The users from which one stays ahead of the other."""
         return crossing(self.curve(name), self.curve(other))
 
+    def crossing_words(self, name: str, other: str) -> str | None:
+        """From how many users on it is ahead; None where there is nothing to compare."""
+        if not self.curve(name).keys() & self.curve(other).keys():
+            return None
+        ahead = self.crossing(name, other)
+        if ahead is None:
+            return f"ahead of {self.label(other)} at no number of users for good"
+        users = "1 user" if ahead == 1 else f"{ahead:.2g} users"
+        return f"ahead of {self.label(other)} from {users} on"
+
     def occupancy(self, name: str, users: int) -> Occupancy | None:
         """What the server said of its batch and its queue."""
         point = self.point(name, users)
@@ -105,8 +115,8 @@ class Findings:
         assert ours is not None
         assert theirs is not None
         sentence = (
-            f"With {users} user{'s' * (users > 1)} at once, paged memory and continuous batching make {ours:,.0f} "
-            f"tokens a second, the Ollama-style baseline ({self.label(BASELINE)}) {theirs:,.0f}"
+            f"With {users} user{'s' * (users > 1)} at once, paged memory and continuous batching make "
+            f"{ours:,.0f} tokens a second, the Ollama-style baseline ({self.label(BASELINE)}) {theirs:,.0f}"
         )
         if theirs:
             sentence += f": {ours / theirs:.1f} times as many"
@@ -120,4 +130,4 @@ class Findings:
         best = max(peaks, key=lambda name: peaks[name] or 0.0, default=None)
         if best is None or peaks[best] is None:
             return "Nothing was measured."
-        return f"{self.label(best)} makes {peaks[best]:.0f} tokens per second at its best."
+        return f"{self.label(best)} makes {peaks[best]:,.0f} tokens a second at most; there is no baseline."

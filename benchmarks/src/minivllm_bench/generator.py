@@ -42,7 +42,7 @@ class LoadGenerator:
     def __init__(self, ask: Ask, workload: Workload, load: Load) -> None:
         self.records: list[RequestRecord] = []
         self.seconds = 0.0
-        """How long the run lasted, without the time to drain; as far as it has come while it lasts."""
+        """How long the run lasted, without the time to drain. Known at its end, however it ends."""
         self.cpu_share = 0.0
         """Of one core, how much this process used meanwhile."""
         self._ask = ask

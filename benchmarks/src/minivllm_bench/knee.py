@@ -26,23 +26,23 @@ def knee(curve: Curve) -> int | None:
     """
     counts = sorted(curve)
     for place, users in enumerate(counts[:-1]):
-        if all(_growth_per_doubling(curve, users, more) < GROWTH for more in counts[place + 1 :]):
+        if not any(_pays(curve, users, more) for more in counts[place + 1 :]):
             return users
     return None
 
 
-def _growth_per_doubling(curve: Curve, users: int, more: int) -> float:
-    if curve[users] <= 0:
-        return math.inf
+def _pays(curve: Curve, users: int, more: int) -> bool:
+    if curve[users] <= 0 or curve[more] <= 0:
+        return curve[more] > curve[users]
     doublings = math.log2(more / users)
-    return float((curve[more] / curve[users]) ** (1 / doublings)) - 1
+    return math.log(curve[more] / curve[users]) >= doublings * math.log(1 + GROWTH)
 
 
 def crossing(curve: Curve, other: Curve) -> float | None:
     """The number of users from which ``curve`` stays at least :data:`LEAD` above ``other``.
 
-    Between the last count where it isn't and the next one, the ratio of the two is interpolated: its logarithm
-    is taken to be linear in the logarithm of the users.
+    Between the last count where it isn't and the next one, the ratio of the two is interpolated: its
+    logarithm is taken to be linear in the logarithm of the users.
 
     Returns:
         The least count that both have where it is ahead from there on; None where it isn't at the largest.

@@ -1,4 +1,4 @@
-"""Plots of a comparison, as SVG: text as outlines, so that they look alike everywhere, in the page's own colour."""
+"""Plots of a comparison, as SVG, in the page's own colour; text as outlines, to look alike everywhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
@@ -26,7 +25,6 @@ _PEER_COLOURS = ("#ee3377", "#33bbee", "#888888", "#aa8800", "#aa66cc")
 """Paul Tol's vibrant palette, and what goes with it: told apart with any colour vision, on light and dark."""
 
 _MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "h")
-_STYLE = {"svg.fonttype": "path", "svg.hashsalt": "minivllm"}
 _WIDTH, _HEIGHT = 7.2, 3.7
 
 
@@ -106,7 +104,7 @@ def agents(findings: Findings) -> str | None:
             if run is None or run["failed"] is not None or not run["seconds"] or run["limit"] is None:
                 continue
             is_done = all(seconds is not None for seconds in run["seconds"])
-            slowest = max((s for s in run["seconds"] if s is not None), default=0.0) if is_done else run["limit"]
+            slowest = max(s or run["limit"] for s in run["seconds"])
             label = line.label if len(findings.agent_counts) == 1 else f"{line.label}, {users} at once"
             bars.append((label, line.colour, slowest, is_done))
     if not bars:
@@ -217,7 +215,7 @@ def _draw(axes: Axes, line: Line) -> None:
             xy=(users, value),
             xytext=(0, 15),
             textcoords="offset points",
-            arrowprops={"arrowstyle": "<-", "color": line.colour, "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={"arrowstyle": "<-", "color": line.colour, "linewidth": 1.6, "shrinkB": 0},
             annotation_clip=False,
         )
 
@@ -234,7 +232,6 @@ def _spread(counts: Sequence[int]) -> list[int]:
 
 def _label_ends(figure: Figure, axes: Axes, lines: Sequence[Line]) -> None:
     """Each solid line's label beside its end, moved apart where they would overlap."""
-    FigureCanvasSVG(figure)
     height = axes.bbox.height
     wanted = []
     for line in lines:
@@ -281,8 +278,8 @@ def _svg(figure: Figure) -> str:
     """The figure as an element for a page: transparent, and in ``currentColor`` where it is ink."""
     figure.patch.set_alpha(0)
     text = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "minivllm"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     # Elements' names would be there once per plot; what is referred to keeps its own.

@@ -7,7 +7,7 @@ import contextlib
 import json
 import statistics
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from minivllm_bench.generator import Ask, LoadGenerator
@@ -20,7 +20,7 @@ from minivllm_bench.workloads import Workload, agent
 _TICK = 0.05
 _HEALTH_SECONDS = 0.5
 
-Health = Callable[[], dict[str, Any] | None]
+Health = Callable[[], Awaitable[dict[str, Any] | None]]
 """What a server says of itself; None where it doesn't."""
 
 
@@ -58,8 +58,12 @@ def empty_agent_run(
     }
 
 
-def read_health(url: str) -> dict[str, Any] | None:
+async def read_health(url: str) -> dict[str, Any] | None:
     """minivllm's ``/health``; None from others, and where it doesn't answer."""
+    return await asyncio.to_thread(_read_health, url)
+
+
+def _read_health(url: str) -> dict[str, Any] | None:
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=2) as response:
             health = json.load(response)
@@ -170,7 +174,7 @@ def _is_over(records: Sequence[RequestRecord], steps: int) -> bool:
 
 
 async def _sample(health: Health, samples: list[dict[str, Any]]) -> None:
-    while (sample := await asyncio.to_thread(health)) is not None:
+    while (sample := await health()) is not None:
         samples.append(sample)
         await asyncio.sleep(_HEALTH_SECONDS)
 

@@ -33,7 +33,8 @@ def _times_at(users: int, slots: str) -> Callable[[Findings], str | None]:
         if ratio is None:
             return None
         ours, theirs = findings.throughput(PAGED, users), findings.throughput(slots, users)
-        return f"{ratio:.1f} × at {users} users: {ours:.0f} against {theirs:.0f} tok/s ({findings.label(slots)})"
+        label = findings.label(slots)
+        return f"{ratio:.1f} × at {users} users: {ours:.0f} against {theirs:.0f} tok/s ({label})"
 
     return here
 
@@ -44,20 +45,15 @@ def _times_at_peak(slots: str) -> Callable[[Findings], str | None]:
         if ratio is None:
             return None
         ours, theirs = findings.peak(PAGED), findings.peak(slots)
-        return f"{ratio:.1f} × at their peaks: {ours:.0f} against {theirs:.0f} tok/s ({findings.label(slots)})"
+        label = findings.label(slots)
+        return f"{ratio:.1f} × at their peaks: {ours:.0f} against {theirs:.0f} tok/s ({label})"
 
     return here
 
 
 def _crossing(findings: Findings) -> str | None:
-    parts = []
-    for slots in (ONE_SLOT, FOUR_SLOTS):
-        if not findings.curve(PAGED) or not findings.curve(slots):
-            continue
-        ahead = findings.crossing(PAGED, slots)
-        when = "never for good" if ahead is None else f"from {ahead:.1f} users on"
-        parts.append(f"{findings.label(PAGED)} is ahead of {findings.label(slots)} {when}")
-    return "; ".join(parts) or None
+    words = [findings.crossing_words(PAGED, slots) for slots in (ONE_SLOT, FOUR_SLOTS)]
+    return "; ".join(part for part in words if part is not None) or None
 
 
 def _knees(findings: Findings) -> str | None:
@@ -66,18 +62,20 @@ def _knees(findings: Findings) -> str | None:
         if len(findings.curve(slots)) < 2:
             continue
         knee = findings.knee(slots)
-        flat = "grows up to the last count" if knee is None else f"stops growing at {knee} user{'s' * (knee > 1)}"
-        parts.append(f"{findings.label(slots)} {flat}")
+        flat = "" if knee is None else f"hardly grows beyond {knee} user{'s' * (knee > 1)}"
+        parts.append(f"{findings.label(slots)} {flat or 'grows up to the last count'}")
     return "; ".join(parts) or None
 
 
 def _sequences_at_once(findings: Findings) -> str | None:
-    parts = []
-    for name in (PAGED, CONTIGUOUS):
-        runs = [point["occupancy"]["running_max"] for point in findings.measured(name) if point["occupancy"]]
-        if runs:
-            parts.append(f"{findings.label(name)} ran up to {max(runs)} sequences at once")
-    return "; ".join(parts) + ", in the same KV memory" if len(parts) == 2 else None
+    for users in reversed(findings.user_counts):
+        paged, contiguous = findings.occupancy(PAGED, users), findings.occupancy(CONTIGUOUS, users)
+        if paged is not None and contiguous is not None:
+            return (
+                f"of {users} users, paged memory ran {paged['running_mean']:.0f} at once on average, the "
+                f"same memory {contiguous['running_mean']:.0f} where it is contiguous"
+            )
+    return None
 
 
 PUBLISHED = (
@@ -93,8 +91,8 @@ PUBLISHED = (
         "8,033 against 484 tok/s, up to 128 requests at once: 16.6 ×",
         "joshua8.ai, Benchmarking LLM inference: vLLM vs SGLang vs Ollama on NVIDIA Blackwell",
         "https://joshua8.ai/llm-inference-benchmark",
-        "1 × RTX PRO 6000 Blackwell Max-Q 96 GB; Llama 3.1 8B; vLLM in NVFP4 against Ollama in 4 bits; not all "
-        "of Ollama's 128 requests succeeded",
+        "1 × RTX PRO 6000 Blackwell Max-Q 96 GB; Llama 3.1 8B; vLLM in NVFP4 against Ollama in 4 bits; "
+        "not all of Ollama's 128 requests succeeded",
         _times_at(128, ONE_SLOT),
     ),
     Published(
@@ -133,12 +131,12 @@ PUBLISHED = (
         _knees,
     ),
     Published(
-        "token states fill 20.4, 26.8 or 38.2% of the KV memory where it is contiguous, 96.3% where it is paged",
+        "token states fill 20.4, 26.8 or 38.2% of contiguous KV memory, and 96.3% of paged memory",
         "Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, "
         "SOSP 2023, Figure 2",
         "https://arxiv.org/abs/2309.06180",
-        "the experiments of its section 6.2, on A100s; Orca, rebuilt by the authors with three ways to reserve memory, "
-        "against vLLM",
+        "the experiments of its section 6.2, on A100s; Orca, rebuilt with three ways to reserve "
+        "memory, against vLLM",
         _sequences_at_once,
     ),
     Published(

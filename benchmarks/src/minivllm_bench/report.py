@@ -38,9 +38,12 @@ def render(comparison: Comparison) -> str:
     findings = Findings(comparison)
     settings = comparison["settings"]
     environment = Environment(
-        loader=PackageLoader("minivllm_bench", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("minivllm_bench", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     return environment.get_template("report.html.jinja").render(
         comparison=comparison,
         settings=settings,
@@ -183,18 +186,12 @@ def _agents(run: AgentRun | None) -> dict[str, str]:
 
 
 def _crossings(findings: Findings) -> list[str]:
-    sentences = []
-    for contender in findings.contenders:
-        name = contender["name"]
-        if name == BEST or not findings.curve(BEST).keys() & findings.curve(name).keys():
-            continue
-        ahead = findings.crossing(BEST, name)
-        when = "at no number of users for good" if ahead is None else f"from {ahead:.1f} users on"
-        sentences.append(f"{when} ahead of {contender['label']}")
-    return sentences
+    others = [contender["name"] for contender in findings.contenders if contender["name"] != BEST]
+    words = [findings.crossing_words(BEST, name) for name in others]
+    return [part for part in words if part is not None]
 
 
-def _plots(findings: Findings) -> dict[str, Markup]:
+def _plots(findings: Findings) -> dict[str, Markup | None]:
     drawn = {
         "throughput": plots.throughput(findings),
         "user_throughput": plots.user_throughput(findings),
@@ -204,7 +201,7 @@ def _plots(findings: Findings) -> dict[str, Markup]:
         "agents": plots.agents(findings),
     }
     # Made here from numbers, and from labels as outlines: there is nothing in them to escape.
-    return {name: Markup(svg) for name, svg in drawn.items() if svg is not None}
+    return {name: None if svg is None else Markup(svg) for name, svg in drawn.items()}
 
 
 def _not_measured(findings: Findings) -> list[str]:

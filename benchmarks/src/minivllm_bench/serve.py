@@ -56,7 +56,9 @@ class ServeConfig:
     timeout: float = option(600.0, "seconds after which a request has failed")
     extra_body: str = option("{}", "JSON: more fields of each request; a null leaves a field out")
     api_key: str | None = option(
-        None, "sent as a bearer token (default: the environment's OPENAI_API_KEY)", is_secret=True
+        None,
+        "sent as a bearer token (default: the environment's OPENAI_API_KEY, unless the URL has a user)",
+        is_secret=True,
     )
     output: str | None = option(None, "a JSON file for all figures and requests (default: none)")
 
@@ -112,7 +114,7 @@ def main(argv: list[str]) -> int:
         config.url,
         model=config.model,
         endpoint=config.endpoint,
-        api_key=config.api_key or os.environ.get("OPENAI_API_KEY"),
+        api_key=config.api_key or (None if "@" in config.url else os.environ.get("OPENAI_API_KEY")),
         temperature=config.temperature,
         timeout=config.timeout,
         extra_body=config.extra_fields(),

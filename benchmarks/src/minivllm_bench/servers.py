@@ -38,9 +38,10 @@ class Process:
         return self.child.poll() is not None
 
     def failed(self, what: str = "it ended or didn't get ready") -> ContenderError:
-        """Stop it; the error has the last lines that it wrote."""
+        """Stop it; the error has the last lines that it wrote, or what it called an error itself."""
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").splitlines()[-3:]
+        lines = [line for line in lines if "error: " in line] or lines
         self.stop()
         return ContenderError("; ".join([what, *lines]))
 

@@ -1,13 +1,13 @@
 """One point of a sweep: what a server does while a fixed number of users keeps it busy.
 
-All users start at once, which no real ones do, so the first seconds only warm the server up; what counts is the
-window after them. Answers of memoryless lengths (:func:`minivllm_bench.workloads.memoryless`) end, and new
-prompts come, at the same rate from the start: the window needs no whole rounds to have its share of both.
+All users start at once, which no real ones do, so the first seconds only warm the server up; what counts is
+the window after them. Answers of memoryless lengths (:func:`minivllm_bench.workloads.memoryless`) end, and
+new prompts come, at the same rate from the start: the window needs no whole rounds to have its share of both.
 
 Many requests have no first token yet when a window ends. Leaving them out would make the slowest server look
 fast, and counting them as infinitely slow would punish the fast one for a request sent at the last moment. So
-percentiles of waiting times are those of the product-limit estimator (Kaplan and Meier, 1958), which takes from
-such a request what it says: that it waited at least so long.
+percentiles of waiting times are those of the product-limit estimator (Kaplan and Meier, 1958), which takes
+from such a request what it says: that it waited at least so long.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class SteadyState(TypedDict):
     user_throughput: float
     """The same for one user, waiting included."""
     ttft: Waits
-    """Time to first token, of requests that were sent in the window or still waited when it began; of all, where
-    the window has none of either."""
+    """Time to first token, of requests that were sent in the window or still waited when it began; of all,
+    where the window has none of either."""
     itl: dict[str, float | None]
     """Gaps between tokens that arrived in the window, seconds."""
 

@@ -15,8 +15,8 @@ from minivllm_bench.results import AgentRun, Contender, Point
 AGENT_SECONDS = 90.0
 """Agents that take longer are broken off."""
 
-LEAST_AGENT_SECONDS = 15.0
-"""With less time than this left they aren't started."""
+LEAST_STEP_SECONDS = 0.5
+"""With less time than this left for each step they aren't started."""
 
 NO_TIME = "no time was left"
 
@@ -64,7 +64,8 @@ def sweep(
 ) -> None:
     """Measure a contender, and write each point into it as it is done.
 
-    A failure ends the contender's points; the rest of them say so. What doesn't fit into the time is left out.
+    A failure ends the contender's points; the rest of them say so. What doesn't fit into the time is left
+    out.
 
     Args:
         begin: told each point before it is measured.
@@ -90,11 +91,11 @@ def sweep(
         limit = min(AGENT_SECONDS, budget.left())
         if contender["failed"] is not None:
             run = empty_agent_run(users, config.agent_steps, skipped="the server had failed before")
-        elif limit < LEAST_AGENT_SECONDS and contender["agents"]:
+        elif limit < LEAST_STEP_SECONDS * config.agent_steps:
             run = empty_agent_run(users, config.agent_steps, skipped=NO_TIME)
         else:
             try:
-                run = target.agents(users, config.agent_steps, max(limit, 1.0), _seed(config, -users))
+                run = target.agents(users, config.agent_steps, limit, _seed(config, -users))
             except MinivllmError as error:
                 contender["failed"] = str(error)
                 run = empty_agent_run(users, config.agent_steps, failed=str(error))

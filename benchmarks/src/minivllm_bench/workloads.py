@@ -77,8 +77,8 @@ def memoryless(mean_prompt: int, mean_output: int, longest: int) -> Workload:
     """One-turn chats whose answers are as likely to end at one token as at any other.
 
     So many users then end answers, and send prompts, at the same rate at any time, also right after they have
-    all begun at once. Answers are exponentially distributed and cut off at ``longest``; prompts are uniform from
-    half to one and a half times their mean.
+    all begun at once. Answers are exponentially distributed and cut off at ``longest``; prompts are uniform
+    from half to one and a half times their mean.
     """
 
     def sessions(rng: random.Random) -> Sessions:
