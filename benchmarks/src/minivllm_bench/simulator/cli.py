@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minivllm.config import EngineConfig, flag, format_size, option
+from minivllm.config import EngineConfig, flag, option
 from minivllm.engine.memory import MemoryLedger
 from minivllm.errors import ConfigError
 from minivllm.flags import Parser
