@@ -129,10 +129,32 @@ def test_calibration_finds_the_rates_that_made_the_times(noise: float) -> None:
     ]
     found = calibrate(samples, LLAMA, 2)
     tolerance = 0.04 if noise == 0 else 0.10
-    for name in ("bandwidth", "flops", "kv_bandwidth", "attention_flops", "step_seconds"):
+    for name in ("bandwidth", "flops", "kv_bandwidth", "attention_flops"):
         assert getattr(found.rates, name) == pytest.approx(getattr(RATES, name), rel=tolerance), name
+    # What a step takes besides is a sixteenth of the shortest one here: less than the noise.
+    fitted = CostModel(LLAMA, found.rates, 2)
+    for work in (StepWork(1, 1, 1, 50, 0, 0), StepWork(64, 64, 64, 64000, 0, 0)):
+        assert fitted.cost(work).device == pytest.approx(model.cost(work).device, rel=0.01 + noise / 2)
     assert found.num_left_out >= 30
     assert found.median_error < 0.02 + noise
+
+
+def test_a_run_of_prompts_that_are_all_alike_still_tells_something_of_others() -> None:
+    rng = random.Random(2)
+    model = CostModel(LLAMA, RATES, 2)
+    samples = []
+    for _ in range(200):
+        sequences, chunks = rng.randint(0, 8), rng.randint(1, 4)
+        keys, pairs = chunks * 512, chunks * 512 * 513 // 2
+        for work in (
+            StepWork(sequences + chunks, sequences + keys, sequences + chunks, sequences * 600, keys, pairs),
+            StepWork(chunks, chunks, chunks, chunks * 600, 0, 0),
+        ):
+            samples.append(Sample(work, model.cost(work).device * rng.uniform(0.97, 1.03)))
+    found = CostModel(LLAMA, calibrate(samples, LLAMA, 2).rates, 2)
+    for length in (128, 4096):
+        work = StepWork(1, length, 1, 0, length, length * (length + 1) // 2)
+        assert found.cost(work).device == pytest.approx(model.cost(work).device, rel=0.3)
 
 
 def test_calibration_refuses_what_says_too_little() -> None:

@@ -25,8 +25,9 @@ class Limits:
     itl: float | None = None
 
     def are_kept_by(self, figures: SteadyState) -> bool:
-        """A percentile that isn't known, because requests still waited, is too long; so is a failure."""
-        if figures["failed"] or not figures["completed"]:
+        """A percentile that isn't known, because requests still waited, is too long, whatever the limits;
+        and a failure keeps none."""
+        if figures["failed"] or not figures["completed"] or figures["ttft"]["p99"] is None:
             return False
         pairs = ((self.ttft, figures["ttft"]["p99"]), (self.itl, figures["itl"]["p99"]))
         return all(limit is None or (value is not None and value <= limit) for limit, value in pairs)

@@ -5,11 +5,15 @@ a step's time is linear in the other unknowns: 1 / bandwidth, 1 / KV bandwidth, 
 seconds besides. So the balance is searched on a grid, and the rest is least squares without negative
 results, of relative errors: a step of 5 ms counts as much as one of 500. Steps that took far longer than
 the fit says, because something else ran on the machine, are left out of a second fit.
+
+Where all prompts are alike, nobody can tell the products of a prefill from its attention. So the second fit
+leans towards attention's work taking twice as long as other work, the more so the noisier the times are.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +31,8 @@ from minivllm_bench.simulator.work import StepWork
 LEAST_STEPS = 20
 _BALANCES = np.geomspace(0.1, 3000.0, 60)  # operations per byte; in 16 bits an H100 has 295
 _OUTLIER = 4.0  # times the median error
+_LEANING = 0.25  # how strongly, in errors of the first fit
+_SLOWER = 2.0  # attention's bytes and operations than those of matrix products
 
 Array = npt.NDArray[np.float64]
 
@@ -83,12 +89,13 @@ def calibrate(samples: Sequence[Sample], model: ModelShape, kv_itemsize: int) ->
         work.decode_context for work, _ in samples
     ):
         raise ConfigError("--calibrate needs a run with prompts and with answers of several tokens")
-    first = _fit(samples, model, kv_itemsize)
+    first = _fit(samples, model, kv_itemsize, leaning=0.0)
     cost = CostModel(model, first, kv_itemsize)
     errors = [seconds / cost.cost(work).device - 1 for work, seconds in samples]
     limit = max(_OUTLIER * statistics.median(map(abs, errors)), 0.02)
     kept = [sample for sample, error in zip(samples, errors, strict=True) if error <= limit]
-    rates = _fit(kept, model, kv_itemsize)
+    noise = math.sqrt(statistics.fmean(error**2 for error in errors if error <= limit))
+    rates = _fit(kept, model, kv_itemsize, leaning=_LEANING * noise)
     cost = CostModel(model, rates, kv_itemsize)
     return Calibration(
         rates=rates,
@@ -100,18 +107,23 @@ def calibrate(samples: Sequence[Sample], model: ModelShape, kv_itemsize: int) ->
     )
 
 
-def _fit(samples: Sequence[Sample], model: ModelShape, kv_itemsize: int) -> Rates:
+def _fit(samples: Sequence[Sample], model: ModelShape, kv_itemsize: int, *, leaning: float) -> Rates:
     works = np.array([sample.work for sample in samples], dtype=np.float64)
     seconds = np.array([sample.seconds for sample in samples])
     sequences, tokens, sampled, decode_context, prefill_context, pairs = works.T
     kv = (decode_context + prefill_context) * model.kv_bytes(kv_itemsize)
     others = [kv, pairs * model.attention_flops, np.ones_like(seconds), sequences]
 
+    longest_byte = float((seconds / model.linear_bytes).min())  # no byte takes longer than that
+
     def at(balance: float) -> tuple[float, float, Array]:
         linear = np.maximum(model.linear_bytes, 2 * model.num_linear_params * tokens / balance)
         head = np.maximum(model.head_bytes, 2 * model.num_head_params * sampled / balance) * (sampled > 0)
         features = np.stack([linear + head, *others], axis=1) / seconds[:, None]
-        solution, error = _non_negative_least_squares(features)
+        weight = leaning * np.sqrt(len(seconds)) / longest_byte
+        leanings = weight * np.array([[-_SLOWER, 1, 0, 0, 0], [-_SLOWER, 0, balance, 0, 0]])
+        targets = np.concatenate([np.ones_like(seconds), np.zeros(2)])
+        solution, error = _non_negative_least_squares(np.concatenate([features, leanings]), targets)
         return error, balance, solution
 
     _, coarse, _ = min(map(at, _BALANCES.tolist()), key=lambda found: found[0])
@@ -135,17 +147,17 @@ def _rate(seconds_each: float) -> float:
     return 1 / seconds_each if seconds_each > 0 else 1e30
 
 
-def _non_negative_least_squares(features: Array) -> tuple[Array, float]:
-    """x >= 0 with ``features @ x`` as near to 1 as can be, and the sum of squared errors.
+def _non_negative_least_squares(features: Array, targets: Array) -> tuple[Array, float]:
+    """x >= 0 with ``features @ x`` as near to ``targets`` as can be, and the sum of squared errors.
 
     With five unknowns, all 31 sets of those that aren't 0 can be tried.
     """
     scale = np.sqrt((features**2).sum(axis=0))
     scale[scale == 0] = 1.0
     scaled = features / scale
-    gram, target = scaled.T @ scaled, scaled.sum(axis=0)
-    count = len(features)
-    best, best_error = np.zeros(len(scale)), float(count)
+    gram, target = scaled.T @ scaled, scaled.T @ targets
+    total = float(targets @ targets)
+    best, best_error = np.zeros(len(scale)), total
     for size in range(1, len(scale) + 1):
         for chosen in map(list, itertools.combinations(range(len(scale)), size)):
             try:
@@ -154,7 +166,7 @@ def _non_negative_least_squares(features: Array) -> tuple[Array, float]:
                 continue
             if (part < 0).any():
                 continue
-            error = float(count - target[chosen] @ part)
+            error = total - float(target[chosen] @ part)
             if error < best_error:
                 best, best_error = np.zeros(len(scale)), error
                 best[chosen] = part
