@@ -11,6 +11,7 @@ import math
 from array import array
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from minivllm.errors import ContextLengthError, InvalidRequestError
@@ -131,9 +132,9 @@ class SamplingParams:
         """Whether tokens that occurred are less (or more) likely for it."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    @property
+    @cached_property
     def reads_output(self) -> bool:
-        """Whether the choice of a token takes the tokens before it, beyond the model."""
+        """Whether the choice of a token takes the tokens before it, beyond the model. Asked in every step."""
         return self.has_penalties or self.grammar is not None
 
     @property

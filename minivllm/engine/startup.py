@@ -31,7 +31,7 @@ from minivllm.weights.loader import check_and_iterate, stored_bits
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
+DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def make_engine(
     """
     device = model.placement.device
     kv_dtype = _kv_dtype(config.kv_cache_dtype, model)
-    max_num_batched_tokens = config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
+    max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
     sizes = graph_sizes(config.max_num_seqs) if device.type == "cuda" and not config.enforce_eager else []
     workspace_for, graphs = _step_memory(config, model, kv_dtype, max_num_batched_tokens, sizes)
     ledger = plan_memory(
@@ -101,6 +101,7 @@ def make_engine(
         workspace_for=workspace_for,
         graphs=graphs,
         max_num_batched_tokens=max_num_batched_tokens,
+        memory=device_memory(device),
     )
     for line in ledger.lines():
         logger.info("%s", line)

@@ -105,7 +105,7 @@ async def measure_point(
         error = max(figures["errors"], key=figures["errors"].__getitem__)
         point["failed"] = f"{figures['failed']} of {figures['requests']} requests failed: {error}"
     point["figures"] = figures
-    point["occupancy"] = _occupancy(samples)
+    point["occupancy"] = occupancy(samples)
     point["client_cpu"] = generator.cpu_share
     return point
 
@@ -189,7 +189,8 @@ async def _sample(health: Health, samples: list[dict[str, Any]]) -> None:
         await asyncio.sleep(_HEALTH_SECONDS)
 
 
-def _occupancy(samples: Sequence[dict[str, Any]]) -> Occupancy | None:
+def occupancy(samples: Sequence[dict[str, Any]]) -> Occupancy | None:
+    """Means and maxima of what ``/health`` said."""
     if not samples:
         return None
     running, waiting, usage = (
