@@ -50,7 +50,7 @@ class Life:
     stays: list[Stay]
     """In its order: one, and one more for each eviction."""
     num_recomputed_tokens: int = 0
-    """Tokens that went through the model again."""
+    """Tokens whose keys and values it had, lost in an eviction, and computed again."""
     num_output_tokens: int = 0
     first_token_time: float | None = None
     last_token_time: float = 0.0
