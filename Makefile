@@ -3,6 +3,7 @@
 # make bench    set up with what the benchmarks need, and run one: make bench ARGS="compare", or serve, or memory
 # make test     set up with the test tools, and run the whole suite
 # make test-gpu the kernels' tests, and those that need an NVIDIA GPU; with the packages of $(PYTHON), no set-up
+# make endurance long runs: soak, chaos, overload, slow_clients, fuzz (docs/endurance.md)
 # make docs     docs/api.md and docs/metrics.md, from the code
 # make clients  langchain-openai, litellm and lm-eval against a server of the embedded model
 # make lint     ruff and mypy
@@ -21,7 +22,7 @@ SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-wrapv -fn
 PRELOAD = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(name)))
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve install bench test test-gpu docs clients lint sanitize
+.PHONY: serve install bench test test-gpu endurance docs clients lint sanitize
 
 serve: install
 	@.venv/bin/minivllm serve $(ARGS)
@@ -37,6 +38,9 @@ test: .venv/installed-test
 # Needs torch, triton, transformers, safetensors, tokenizers, numpy, pytest and hypothesis.
 test-gpu:
 	$(PYTHON) -m pytest tests/kernels tests/gpu $(ARGS)
+
+endurance: .venv/installed-test
+	.venv/bin/python -m tests.endurance $(ARGS)
 
 docs: .venv/installed-test
 	.venv/bin/python docs/generate_api.py

@@ -275,7 +275,7 @@ def _errors() -> str:
     from minivllm import errors
 
     rows = []
-    not_answers = (errors.StartupError, errors.TraceError)
+    not_answers = (errors.StartupError, errors.TraceError, errors.MessageError)
     for name, kind in vars(errors).items():
         is_error = isinstance(kind, type) and issubclass(kind, errors.MinivllmError)
         if is_error and kind is not errors.MinivllmError and not issubclass(kind, not_answers):

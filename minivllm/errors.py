@@ -9,9 +9,11 @@
     │   ├── RequestNotFoundError                   404  no such request is being answered
     │   ├── InvalidApiKeyError                     401  no API key, or a wrong one
     │   ├── BodyTooLargeError                      413  more bytes than --max-body-size
-    │   └── HeadersTooLargeError                   431  over --max-header-size or --max-header-count
+    │   ├── HeadersTooLargeError                   431  over --max-header-size or --max-header-count
+    │   └── SlowRequestError                       408  the request itself came too slowly
     ├── EngineDeadError                            500  the engine process is gone
     ├── RequestFailedError                         500  this request's step raised
+    ├── MessageError                                -   server and engine process don't understand each other
     ├── EngineRestartingError                      503  a new engine process is being started
     ├── OverloadedError                            503  over --max-waiting-requests or --max-waiting-tokens
     ├── RateLimitError                             429  over --key-tokens-per-minute
@@ -97,6 +99,13 @@ class HeadersTooLargeError(InvalidRequestError):
     code = "headers_too_large"
 
 
+class SlowRequestError(InvalidRequestError):
+    """The request's head took too long to arrive, or its body stopped on the way."""
+
+    http_status = 408
+    code = "slow_request"
+
+
 class EngineDeadError(MinivllmError):
     """The engine process ended; the request can't be finished."""
 
@@ -107,6 +116,10 @@ class RequestFailedError(MinivllmError):
     """The engine failed while it computed this request; others go on."""
 
     code = "request_failed"
+
+
+class MessageError(MinivllmError):
+    """What the server or the engine process got from the other is no message that it knows."""
 
 
 class EngineRestartingError(MinivllmError):

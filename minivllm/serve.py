@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -45,6 +47,7 @@ def main(argv: list[str]) -> int:
     engine_config = parser.make_config(EngineConfig, parsed)
     server_config = parser.make_config(ServerConfig, parsed)
     _configure_logging()
+    _allow_more_files()
     api_keys = load_api_keys(server_config, os.environ)
     check_tls(server_config)
     try:
@@ -63,6 +66,13 @@ def _configure_logging() -> None:
     http_logger.handlers = [handler]
     http_logger.setLevel(logging.ERROR)
     http_logger.propagate = False
+
+
+def _allow_more_files() -> None:
+    """Each connection is an open file, and shells often allow 1,024, which a program may raise by itself."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS: "unlimited" is refused
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def serve(
@@ -131,6 +141,9 @@ async def serve(
             )
             # After 5 s the answers are complete, or have failed: only slow readers are waited for.
             http = _HttpServer(uvicorn_config(app, server_config, timeout_graceful_shutdown=5))
+            # What start-up made stays: no collection walks over it while streams wait, and what requests
+            # leave behind is collected soon, not when it has come to a quarter of all that.
+            gc.freeze()
             serving = asyncio.create_task(http.serve(sockets=[listener]))
             await http.is_listening.wait()
             host, port = listener.getsockname()[:2]
@@ -164,6 +177,8 @@ def _observers(config: ServerConfig) -> Iterator[list[OnRequestEnd]]:
 async def _drain(engine: SupervisedEngine, timeout: float) -> None:
     """Let running requests finish; after ``timeout`` seconds, end them with an error."""
     logger.info("stopping: %d requests have up to %g s to finish", engine.num_requests, timeout)
+    if engine.num_requests == 0:  # with a timeout of 0, wait_for doesn't look
+        return
     try:
         await asyncio.wait_for(engine.wait_until_idle(), timeout)
     except asyncio.TimeoutError:

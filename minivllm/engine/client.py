@@ -21,6 +21,7 @@ from minivllm.engine import messages
 from minivllm.errors import (
     DeadlineError,
     EngineDeadError,
+    MessageError,
     MinivllmError,
     RequestFailedError,
     ShuttingDownError,
@@ -65,7 +66,7 @@ class EngineClient:
         self._is_idle.set()
         self._stats = EngineStats.of_nothing()
         self._last_sign = 0.0  # when it made a step, or got work while it had none
-        self._has_stalled = False
+        self._fault: str | None = None  # for which it was killed
         self._stall_timeout = 0.0
         self.has_finished_any = False
         """Whether it has brought any request to its end."""
@@ -74,11 +75,18 @@ class EngineClient:
 
     @classmethod
     async def spawn(cls) -> EngineClient:
-        """Start an engine process. It imports torch at once, and waits for :meth:`start`."""
-        directory = tempfile.mkdtemp(prefix="minivllm-")  # mode 0700
-        if len(directory) > _LONGEST_SOCKET_DIRECTORY:
-            os.rmdir(directory)
-            directory = tempfile.mkdtemp(prefix="minivllm-", dir="/tmp")
+        """Start an engine process. It imports torch at once, and waits for :meth:`start`.
+
+        Raises:
+            StartupError: the system has no process, file or disk space for it.
+        """
+        try:
+            directory = tempfile.mkdtemp(prefix="minivllm-")  # mode 0700
+            if len(directory) > _LONGEST_SOCKET_DIRECTORY:
+                os.rmdir(directory)
+                directory = tempfile.mkdtemp(prefix="minivllm-", dir="/tmp")
+        except OSError as error:
+            raise StartupError(f"can't make a folder for the engine's sockets: {error}") from None
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -89,10 +97,18 @@ class EngineClient:
                 stdin=asyncio.subprocess.PIPE,
                 env=child_environment(),
             )
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(directory)
+            if isinstance(error, OSError):
+                raise StartupError(f"can't start the engine process: {error}") from None
             raise
-        return cls(directory, process)
+        try:
+            return cls(directory, process)
+        except zmq.ZMQError as error:
+            process.kill()
+            await process.wait()
+            shutil.rmtree(directory, ignore_errors=True)
+            raise StartupError(f"can't open the engine's sockets: {error}") from None
 
     async def start(self, config: EngineConfig, *, stall_timeout: float = 60.0) -> None:
         """Have the process load a model, and wait until it can serve.
@@ -121,7 +137,10 @@ class EngineClient:
         finally:
             died.cancel()
             first.cancel()
-        message = messages.decode_from_engine(first.result())
+        try:
+            message = messages.decode_from_engine(first.result())
+        except MessageError as error:
+            raise StartupError(str(error)) from None
         if isinstance(message, messages.StartFailed):
             raise StartupError(message.message)
         if isinstance(message, messages.Ready):
@@ -134,7 +153,7 @@ class EngineClient:
     @property
     def is_alive(self) -> bool:
         """Whether the engine process runs and hasn't been given up."""
-        return not (self._is_closed or self._has_stalled) and self._process.returncode is None
+        return not self._is_closed and self._fault is None and self._process.returncode is None
 
     @property
     def is_ready(self) -> bool:
@@ -222,7 +241,11 @@ class EngineClient:
 
     async def _receive(self) -> None:
         while True:
-            message = messages.decode_from_engine(await self._events.recv())
+            try:
+                message = messages.decode_from_engine(await self._events.recv())
+            except MessageError as error:
+                self._kill(str(error))
+                return
             if isinstance(message, messages.StepEvents):
                 self._stats = message.stats
                 self._last_sign = time.monotonic()
@@ -241,12 +264,16 @@ class EngineClient:
             while not died.done():
                 await asyncio.wait({died}, timeout=min(1.0, stall_timeout / 4))
                 if self._queues and time.monotonic() - self._last_sign > stall_timeout and self.is_alive:
-                    self._has_stalled = True
-                    with contextlib.suppress(ProcessLookupError):
-                        self._process.kill()
+                    self._kill(f"the engine process made no step for {stall_timeout:g} s while it had work")
         finally:
             died.cancel()
         self._fail_all()
+
+    def _kill(self, fault: str) -> None:
+        """Give the process up. :meth:`_watch` sees it end, and fails what waits for it."""
+        self._fault = fault
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     def _fail_all(self) -> None:
         for queue in self._queues.values():
@@ -257,11 +284,8 @@ class EngineClient:
         """Why it serves no more."""
         if self._is_closed:
             return ShuttingDownError("the server was stopped before this request was finished")
-        if self._has_stalled:
-            return EngineDeadError(
-                f"the engine process made no step for {self._stall_timeout:g} s while it had work, "
-                "and was killed"
-            )
+        if self._fault is not None:
+            return EngineDeadError(f"{self._fault}, and was killed")
         return EngineDeadError(f"the engine process ended with code {self._process.returncode}")
 
     def _send(self, message: messages.ToEngine) -> None:

@@ -1,10 +1,15 @@
-"""What the server and the engine process say to each other: typed msgpack, never pickle."""
+"""What the server and the engine process say to each other: typed msgpack, never pickle.
+
+Who gets what it can't read ends the engine process: both sides are one package, so that they no longer are of
+one version, and any answer that came of it would be a guess.
+"""
 
 from __future__ import annotations
 
 import msgspec
 
 from minivllm.engine.steps import StepRecord
+from minivllm.errors import MessageError
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, SamplingParams, Terms
 
 
@@ -48,6 +53,26 @@ class StepEvents(msgspec.Struct, tag=True):
 ToEngine = AddRequest | AbortRequest
 FromEngine = Ready | StartFailed | StepEvents
 
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
 encode = msgspec.msgpack.Encoder().encode
-decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
-decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+_decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+_decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+def decode_to_engine(frame: bytes) -> ToEngine:
+    """What the client says. Raises :class:`MessageError`."""
+    try:
+        message: ToEngine = _decode_to_engine(frame)
+    except _UNREADABLE as error:
+        raise MessageError(f"the server sent what is no message: {error}") from None
+    return message
+
+
+def decode_from_engine(frame: bytes) -> FromEngine:
+    """What the engine process says. Raises :class:`MessageError`."""
+    try:
+        message: FromEngine = _decode_from_engine(frame)
+    except _UNREADABLE as error:
+        raise MessageError(f"the engine process sent what is no message: {error}") from None
+    return message

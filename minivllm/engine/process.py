@@ -22,7 +22,7 @@ import zmq
 from minivllm.config import EngineConfig
 from minivllm.engine import messages
 from minivllm.engine.steps import StepRecord
-from minivllm.errors import InvalidRequestError, StartupError
+from minivllm.errors import InvalidRequestError, MessageError, StartupError
 from minivllm.openmp import spin_briefly
 from minivllm.request import EngineEvent, FinishReason
 from minivllm.terminal import configure_logging
@@ -59,7 +59,11 @@ def main(directory: str) -> int:
         return 1
     gc.freeze()  # what start-up made stays: no collection walks over it in the middle of a step
     events.send(messages.encode(messages.Ready(engine.info, engine.stats())))
-    serve(engine, requests, events, records)
+    try:
+        serve(engine, requests, events, records)
+    except MessageError as error:
+        logger.error("%s", error)
+        return 1
     context.destroy(linger=0)
     shutil.rmtree(directory, ignore_errors=True)  # the parent would, but it may have been killed
     return 0
@@ -87,7 +91,11 @@ def serve(
     events: zmq.Socket[bytes],
     records: list[StepRecord],
 ) -> None:
-    """Take messages and step until standard input closes. Sleeps, using no CPU, while there is no work."""
+    """Take messages and step until standard input closes. Sleeps, using no CPU, while there is no work.
+
+    Raises:
+        MessageError: the parent sent what can't be read.
+    """
     lifeline = sys.stdin.fileno()
     poller = zmq.Poller()
     poller.register(requests, zmq.POLLIN)

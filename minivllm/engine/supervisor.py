@@ -155,12 +155,12 @@ class SupervisedEngine:
         while True:
             await asyncio.sleep(_delay(self.num_failures))
             start = time.monotonic()
-            self._client = await EngineClient.spawn()
             try:
+                self._client = await EngineClient.spawn()
                 await self._client.start(config, stall_timeout=stall_timeout)
             except StartupError as error:
                 self.num_failures += 1
-                await self._client.close()
+                await self._client.close()  # the one before once more, where none came in its place
                 logger.error(
                     "the engine can't be started again: %s; next try in %g s",
                     error,

@@ -1,7 +1,8 @@
-"""uvicorn's settings, and its HTTP/1.1 protocol with answers to what isn't HTTP that say what is wrong."""
+"""uvicorn's settings, and its HTTP/1.1 protocol: who sends no HTTP is told so, who sends nothing must go."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
 import sys
@@ -13,9 +14,13 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minivllm.config import ServerConfig
-from minivllm.errors import HeadersTooLargeError, InvalidRequestError
+from minivllm.errors import HeadersTooLargeError, InvalidRequestError, SlowRequestError
 from minivllm.server import refusal
 from minivllm.server.errors import envelope
+
+REQUEST_SECONDS = 60.0
+"""How long a request's head may take from its first byte or, on a new connection, from the connection on; and
+how long its body may pause."""
 
 
 def uvicorn_config(app: ASGIApp, config: ServerConfig, timeout_graceful_shutdown: int) -> uvicorn.Config:
@@ -38,25 +43,67 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig, timeout_graceful_shutdown
 
 
 class Http11(H11Protocol):
-    """uvicorn's protocol, but a malformed request gets an envelope, and 431 where it was too large."""
+    """uvicorn's protocol, but a malformed request gets an envelope, 431 where it was too large, and 408 where
+    the rest of it doesn't come: connections that nobody uses mustn't add up.
+    """
 
     _is_refused = False
+    _request_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called by the transport."""
+        super().connection_made(transport)
+        self._time_request()
 
     def data_received(self, data: bytes) -> None:
         """Called by the transport."""
         if not self._is_refused:
             super().data_received(data)
+            self._time_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the transport."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """Called by uvicorn. The next request may have begun to arrive before this one was answered."""
+        super().on_response_complete()
+        self._time_request()
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn while it handles h11's error."""
-        self._is_refused = True
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.close()  # an answer is under way already, and can't be finished
-            return
         error = InvalidRequestError("this is not a valid HTTP request")
         if getattr(sys.exc_info()[1], "error_status_hint", None) == HeadersTooLargeError.http_status:
             size = self.config.h11_max_incomplete_event_size
             error = HeadersTooLargeError(f"a request's head must have at most {size} bytes, got more")
+        self._refuse(error)
+
+    def _time_request(self) -> None:
+        state = self.conn.their_state
+        if state is not h11.IDLE:
+            self._stop_timer()
+        if self._request_timer is None and state in (h11.IDLE, h11.SEND_BODY):
+            self._request_timer = self.loop.call_later(REQUEST_SECONDS, self._give_up)
+
+    def _stop_timer(self) -> None:
+        if self._request_timer is not None:
+            self._request_timer.cancel()
+            self._request_timer = None
+
+    def _give_up(self) -> None:
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self.transport.close()  # nothing has come that an answer could be to
+        elif not self._is_refused:
+            self._refuse(
+                SlowRequestError(f"the rest of the request didn't come within {REQUEST_SECONDS:g} s")
+            )
+
+    def _refuse(self, error: InvalidRequestError) -> None:
+        self._is_refused = True
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()  # an answer is under way already, and can't be finished
+            return
         body = json.dumps(envelope(error)).encode()
         headers = [
             ("Content-Type", "application/json"),

@@ -25,7 +25,7 @@ class ChatTemplate:
     """A compiled template and the special tokens that it may write."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises :class:`InvalidRequestError` where ``source`` isn't valid Jinja."""
+        """Raises :class:`InvalidRequestError` where ``source`` isn't valid Jinja, or can't be compiled."""
         environment = _environment()
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
@@ -36,6 +36,8 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"the chat template isn't valid Jinja, line {error.lineno}: {error.message}"
             ) from None
+        except (SyntaxError, RecursionError) as error:  # of the Python that jinja2 makes of it
+            raise InvalidRequestError(f"the chat template can't be compiled: {error}") from None
         self._special_tokens = dict(special_tokens)
         read = meta.find_undeclared_variables(environment.parse(source))
         self._own_variables = read - {*_GIVEN_VARIABLES, *special_tokens, *environment.globals}
@@ -98,7 +100,7 @@ def takes_tools(source: str) -> bool:
     """Whether a template reads the variable ``tools``. One that isn't valid Jinja does nothing."""
     try:
         return "tools" in meta.find_undeclared_variables(_environment().parse(source))
-    except TemplateError:
+    except (TemplateError, RecursionError):
         return False
 
 

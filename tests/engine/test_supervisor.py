@@ -6,12 +6,15 @@ import asyncio
 import os
 import shutil
 import signal
+import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zmq
 
 from minivllm.config import EngineConfig
 from minivllm.engine import supervisor
@@ -152,3 +155,54 @@ def test_closing_while_it_restarts(config: EngineConfig) -> None:
             os.kill(pid, 0)
 
     asyncio.run(run())
+
+
+def test_a_system_without_room_for_a_process_is_waited_for(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """No disk space for sockets, then no more processes: it goes on when there are again."""
+    monkeypatch.setattr(supervisor, "_delay", lambda num_failures: 0.01)
+
+    async def run() -> None:
+        async with supervised(config) as engine:
+            expected = await tokens_of(engine, "a", SHORT)
+            monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+            os.kill(pid_of(engine), signal.SIGKILL)
+            await until(lambda: "for the engine's sockets" in caplog.text)
+            monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+            python = sys.executable
+            monkeypatch.setattr(sys, "executable", "/nowhere/python")
+            await until(lambda: "can't start the engine process" in caplog.text)
+            assert not any(name.startswith("minivllm-") for name in os.listdir(tmp_path))
+            monkeypatch.setattr(sys, "executable", python)
+            await until(lambda: engine.is_alive)
+            assert await tokens_of(engine, "a", SHORT) == expected
+
+    asyncio.run(run())
+
+
+def test_an_engine_of_another_version_is_replaced(config: EngineConfig) -> None:
+    """What it sends can't be read, or what it gets: who waits is told, and nobody hangs."""
+
+    async def run() -> None:
+        async with supervised(config) as engine:
+            for number, babble in enumerate((babble_to_server, babble_to_engine), start=1):
+                waiting = asyncio.create_task(tokens_of(engine, "a", LONG))
+                await until(lambda: engine.stats.num_running == 1)
+                babble(engine)
+                with pytest.raises(EngineDeadError):
+                    await waiting
+                await until(lambda number=number: engine.num_restarts == number)
+                assert len(await tokens_of(engine, "b", SHORT)) == SHORT.max_tokens
+
+    asyncio.run(run())
+
+
+def babble_to_server(engine: SupervisedEngine) -> None:
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.connect(f"ipc://{directory_of(engine)}/events")
+        socket.send(b"\x81\xa4type\xa5Later")
+
+
+def babble_to_engine(engine: SupervisedEngine) -> None:
+    engine._client._requests.send(b"\x81\xa4type\xa5Later")

@@ -201,6 +201,15 @@ def test_what_goes_wrong_in_a_template_is_a_bad_request(source: str, message: st
     assert str(e.value).startswith("the chat template can't render these messages: ")
 
 
+@pytest.mark.parametrize(
+    "source", ["{% break %}", "{{ " + "-" * 5000 + "1 }}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"]
+)
+def test_what_jinja_takes_and_python_does_not(source: str) -> None:
+    with pytest.raises(InvalidRequestError, match="the chat template can't be compiled: "):
+        ChatTemplate(source, SPECIAL_TOKENS)
+    assert module.takes_tools(source) is False
+
+
 def test_a_malformed_template_names_the_line() -> None:
     with pytest.raises(InvalidRequestError, match=r"isn't valid Jinja, line 2: .*endfor"):
         ChatTemplate("a\n{% for x in y %}", {})

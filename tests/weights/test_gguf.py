@@ -23,6 +23,7 @@ from tests.weights.tiny_models import (
     gguf_name,
     tiny_tensors,
     write_gguf,
+    write_small_gguf,
     write_tiny_gguf,
 )
 
@@ -349,26 +350,7 @@ def read_everything(path: Path) -> GGUFFile:
 
 @pytest.fixture(scope="module")
 def small_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A file in 5 kB: every kind of tensor of a model of one layer and 32 columns."""
-    shapes = {
-        "token_embd.weight": (48, 32),
-        "output_norm.weight": (32,),
-        "blk.0.attn_q.weight": (32, 32),
-        "blk.0.attn_k.weight": (16, 32),
-        "blk.0.ffn_down.weight": (32, 64),
-        "rope_freqs.weight": (4,),
-    }
-    data = {}
-    for name, shape in shapes.items():
-        tensor_type = GGMLQuantizationType.Q4_1 if len(shape) == 2 else F32
-        data[name] = (gguf.quantize(np.ones(shape, np.float32), tensor_type), tensor_type)
-    metadata = TINY_METADATA | {
-        "llama.embedding_length": 32,
-        "llama.block_count": 1,
-        "llama.feed_forward_length": 64,
-        "general.alignment": 32,
-    }
-    path = write_gguf(tmp_path_factory.mktemp("small") / "small.gguf", metadata, data)
+    path = write_small_gguf(tmp_path_factory.mktemp("small") / "small.gguf")
     read_everything(path)
     return path.read_bytes()
 

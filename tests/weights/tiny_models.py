@@ -129,6 +129,29 @@ def write_tiny_gguf(
     return write_gguf(path, TINY_METADATA | (metadata or {}), data)
 
 
+def write_small_gguf(path: Path, metadata: dict[str, Any] | None = None) -> Path:
+    """A file in 5 kB: every kind of tensor of a model of one layer and 32 columns."""
+    shapes = {
+        "token_embd.weight": (48, 32),
+        "output_norm.weight": (32,),
+        "blk.0.attn_q.weight": (32, 32),
+        "blk.0.attn_k.weight": (16, 32),
+        "blk.0.ffn_down.weight": (32, 64),
+        "rope_freqs.weight": (4,),
+    }
+    data = {}
+    for name, shape in shapes.items():
+        tensor_type = GGMLQuantizationType.Q4_1 if len(shape) == 2 else GGMLQuantizationType.F32
+        data[name] = (gguf.quantize(np.ones(shape, np.float32), tensor_type), tensor_type)
+    sizes = {
+        "llama.embedding_length": 32,
+        "llama.block_count": 1,
+        "llama.feed_forward_length": 64,
+        "general.alignment": 32,
+    }
+    return write_gguf(path, TINY_METADATA | sizes | (metadata or {}), data)
+
+
 def save_tiny_llama(folder: Path, *, max_shard_size: str = "1GB", **overrides: Any) -> Path:
     """Save a random LlamaForCausalLM, with its configuration changed by ``overrides``."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,0 +1,1 @@
+"""Long runs that show what holds under load, faults and hostile input: ``make endurance``."""

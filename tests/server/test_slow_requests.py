@@ -1,0 +1,99 @@
+"""Requests that never come to their end: their connections close, with an answer where one makes sense."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from http.client import HTTPResponse
+
+import pytest
+
+from minivllm.config import ServerConfig
+from minivllm.server import http11, refusal
+
+from .fakes import send_raw, served
+
+HEAD = b"GET /version HTTP/1.1\r\nHost: test\r\n"
+POST = b"POST /tokenize HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(http11, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(refusal, "LINGER_SECONDS", 0.1)
+    with served(ServerConfig()) as port:
+        yield port
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"G",
+        HEAD,
+        POST + b"Content-Length: 100\r\n\r\n",
+        POST + b'Content-Length: 100\r\n\r\n{"prompt"',
+        POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+        HEAD + b"\r\n" + HEAD,  # the second of two
+        HEAD + b"\r\n" + POST + b"Content-Length: 100\r\n\r\n{",
+    ],
+)
+def test_a_request_that_stops_is_told_and_closed(port: int, beginning: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(beginning)
+        if beginning.startswith(HEAD + b"\r\n"):
+            received = b"".join(iter(lambda: client.recv(65536), b""))
+            assert received.startswith(b"HTTP/1.1 200 ")
+            assert received.count(b"HTTP/1.1 408 ") == 1
+            return
+        answer = HTTPResponse(client)
+        answer.begin()
+        assert (answer.status, answer.reason) == (408, "Request Timeout")
+        assert answer.headers["Connection"] == "close"
+        assert json.loads(answer.read())["error"]["code"] == "slow_request"
+        assert client.recv(1) == b""
+
+
+def test_a_connection_without_a_request_is_closed(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        assert client.recv(1) == b""
+
+
+def test_a_head_in_drops_has_one_time_limit_and_a_body_one_for_each(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=0.1) as client:
+        answer = b""
+        for _ in range(100):  # ten seconds, if each byte began the time anew
+            client.sendall(b"x")
+            try:
+                answer = client.recv(65536)
+                break
+            except TimeoutError:
+                continue
+        assert answer.startswith(b"HTTP/1.1 408 ")
+    monkeypatch.setattr(http11, "REQUEST_SECONDS", 1.0)
+    with socket.create_connection(("127.0.0.1", port), timeout=0.1) as client:
+        content = b'{"prompt": "x"}'
+        client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(content))
+        for i in range(len(content)):  # more than the limit in all
+            with pytest.raises(TimeoutError):
+                client.recv(1)
+            client.sendall(content[i : i + 1])
+        client.settimeout(10)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_answer_may_take_longer(port: int) -> None:
+    """The limit is the request's; and who is idle between two requests has uvicorn's own."""
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as client:
+        content = json.dumps({"prompt": "[hang]", "stream": True}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+        received = client.recv(65536)
+        while b'"text"' not in received:
+            received += client.recv(65536)
+        with pytest.raises(TimeoutError):  # a second, and neither an end nor an error
+            client.recv(65536)
+        assert received.startswith(b"HTTP/1.1 200 ")
+    assert send_raw(port, HEAD + b"\r\n").status == 200
