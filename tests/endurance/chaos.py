@@ -46,6 +46,7 @@ class _Chaos:
         self.answers: list[Answer] = []
         self.pids: set[int] = set()
         self.is_over = False
+        self._has_answered = asyncio.Event()
 
     async def client(self) -> None:
         """Asks and asks."""
@@ -58,11 +59,18 @@ class _Chaos:
             }
             answer = await post(self.port, body, leave_after=120)
             self.answers.append(answer)
+            if answer.is_complete:
+                self._has_answered.set()
             if answer.outcome.startswith("503"):
                 await asyncio.sleep(_PAUSE)
 
     async def fail(self, kind: str) -> Death:
-        """Make the engine fail, and wait until it serves again."""
+        """Make the engine fail, and wait until it serves again.
+
+        Not before it has answered somebody: the supervisor waits longer and longer for engines that never do.
+        """
+        self._has_answered.clear()
+        await asyncio.wait_for(self._has_answered.wait(), 120)
         await asyncio.sleep(self.rng.uniform(0.2, 3.0))
         pid = await self._engine()
         death = Death(kind, time.monotonic())
@@ -113,11 +121,14 @@ class _Chaos:
         return max(waits, default=0.0)
 
 
-async def _run(endured: Endured, findings: Findings, seed: int, kinds: list[str]) -> None:
+async def _run(endured: Endured, findings: Findings, seed: int, kinds: list[str], num_clients: int) -> None:
     chaos = _Chaos(endured, seed)
     before = await asyncio.to_thread(endured.counts)
-    clients = [asyncio.create_task(chaos.client()) for _ in range(NUM_CLIENTS)]
-    deaths = [await chaos.fail(kind) for kind in kinds]
+    clients = [asyncio.create_task(chaos.client()) for _ in range(num_clients)]
+    deaths = []
+    for kind in kinds:
+        deaths.append(await chaos.fail(kind))
+        print(f"  {kind}: back after {deaths[-1].back - deaths[-1].moment:.2f} s", flush=True)
     chaos.is_over = True
     await asyncio.gather(*clients)
     health = await until_idle(chaos.port)
@@ -131,7 +142,7 @@ async def _run(endured: Endured, findings: Findings, seed: int, kinds: list[str]
     ]
     cold, allowed = endured.start_seconds, COLD_START_FACTOR * endured.start_seconds + COLD_START_ALLOWANCE
     findings.figures = {
-        "clients": NUM_CLIENTS,
+        "clients": num_clients,
         "deaths": dict(Counter(kinds)),
         "requests": len(chaos.answers),
         "outcomes": dict(sorted(outcomes.items())),
@@ -193,7 +204,7 @@ def _stop_everything(endured: Endured, findings: Findings) -> None:
 
 
 def run(*, seed: int, quick: bool) -> Findings:
-    """20 kills, of which 4 hit the next engine, too, while it starts, and 5 hangs; quick: 2 kills."""
+    """20 kills, of which 4 hit the next engine, too, while it starts, and 5 hangs; quick: 2 kills, 8 clients."""
     findings = Findings()
     kinds = ["killed"] * 16 + ["killed twice"] * 4 + ["stopped"] * 5
     if quick:
@@ -201,6 +212,6 @@ def run(*, seed: int, quick: bool) -> Findings:
     random.Random(seed).shuffle(kinds)
     flags = ("--max-model-len", "512", "--kv-cache-memory", "1MB")
     with endured_server(*flags, "--engine-stall-timeout", str(STALL_TIMEOUT)) as endured:
-        asyncio.run(_run(endured, findings, seed, kinds))
+        asyncio.run(_run(endured, findings, seed, kinds, 8 if quick else NUM_CLIENTS))
         _stop_everything(endured, findings)
     return findings
