@@ -38,7 +38,7 @@ def deployment(**settings: Any) -> Deployment:
         (
             ["--device", "h1000", "--model", "llama-3.1-8b"],
             1,
-            "--device h1000 is not known; did you mean h100?",
+            "--device h1000 is not known (did you mean h100?); known are a10g",
         ),
         (["--model", "llama-3.1-8b"], 1, "give --device: one of a10g, "),
         (["--model", "llama-9b", "--device", "l4"], 1, "--model llama-9b is not known"),

@@ -65,7 +65,7 @@ def find_device(name: str) -> Device:
     if name not in DEVICES:
         near = difflib.get_close_matches(name, DEVICES, n=1)
         raise ConfigError(
-            f"--device {name} is not known{f'; did you mean {near[0]}?' if near else ''} Known are "
+            f"--device {name} is not known{f' (did you mean {near[0]}?)' if near else ''}; known are "
             f"{', '.join(DEVICES)}, and cpu with --calibrate"
         )
     return DEVICES[name]

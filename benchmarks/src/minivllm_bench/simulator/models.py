@@ -129,7 +129,7 @@ def find_model(name: str | None) -> ModelShape:
     if name is not None and "/" not in name and not Path(name).exists():
         near = difflib.get_close_matches(name, MODELS, n=1)
         raise ConfigError(
-            f"--model {name} is not known{f'; did you mean {near[0]}?' if near else ''} Known are "
+            f"--model {name} is not known{f' (did you mean {near[0]}?)' if near else ''}; known are "
             f"{', '.join(MODELS)}, and whatever minivllm serve takes: folders, .gguf files, Hugging Face ids"
         )
     is_gguf = name is None or name.endswith(".gguf")

@@ -6,9 +6,9 @@ from minivllm_bench.results import Occupancy, Point
 from minivllm_bench.simulator.measure import RatePoint
 from minivllm_bench.steady_state import SteadyState
 
-_COLUMNS = ("tok/s", "TTFT p50", "p99", "ITL p50", "p99", "at once", "KV taken")
-USERS_HEAD = f"{'users':>8}" + "".join(f"{name:>10}" for name in (_COLUMNS[0], "a user", *_COLUMNS[1:]))
-RATES_HEAD = f"{'sess./s':>8}" + "".join(f"{name:>10}" for name in (_COLUMNS[0], "ended/s", *_COLUMNS[1:]))
+_COLUMNS = ("tok/s", "TTFT ms p50", "p99", "ITL ms p50", "p99", "at once", "KV taken")
+USERS_HEAD = f"{'users':>8}" + "".join(f"{name:>12}" for name in (_COLUMNS[0], "a user", *_COLUMNS[1:]))
+RATES_HEAD = f"{'sess./s':>8}" + "".join(f"{name:>12}" for name in (_COLUMNS[0], "ended/s", *_COLUMNS[1:]))
 
 
 def users_row(point: Point) -> str:
@@ -35,7 +35,7 @@ def _row(speeds: tuple[float, float], figures: SteadyState, occupancy: Occupancy
     cells += [_ms(itl["p50"]), _ms(itl["p99"])]
     cells.append("-" if occupancy is None else f"{occupancy['running_mean']:.1f}")
     cells.append("-" if occupancy is None else f"{occupancy['kv_usage_mean']:.0%}")
-    return "".join(f"{cell:>10}" for cell in cells)
+    return "".join(f"{cell:>12}" for cell in cells)
 
 
 def _ms(seconds: float | None) -> str:
