@@ -4,7 +4,7 @@
 # make test     set up with the test tools, and run the whole suite
 # make test-gpu the kernels' tests, and those that need an NVIDIA GPU; with the packages of $(PYTHON), no set-up
 # make endurance long runs: soak, chaos, overload, slow_clients, fuzz (docs/endurance.md)
-# make docs     docs/api.md, from the code
+# make docs     docs/api.md and docs/metrics.md, from the code
 # make clients  langchain-openai, litellm and lm-eval against a server of the embedded model
 # make lint     ruff and mypy
 # make sanitize a second build of the C++ kernels, with GCC's AddressSanitizer and UBSan, and their tests
@@ -44,6 +44,7 @@ endurance: .venv/installed-test
 
 docs: .venv/installed-test
 	.venv/bin/python docs/generate_api.py
+	.venv/bin/python docs/generate_metrics.py
 
 clients: .venv/installed-clients
 	.venv/bin/python -m tests.clients
@@ -80,8 +81,8 @@ sanitize: .venv/installed-test
 	$(PIP) install --no-deps -r requirements-bench.lock
 	@touch $@
 
-.venv/installed-test: .venv/installed-bench requirements-test.lock
-	$(PIP) install --no-deps -r requirements-test.lock
+.venv/installed-test: .venv/installed-bench requirements-test.lock requirements-otel.lock
+	$(PIP) install --no-deps -r requirements-test.lock -r requirements-otel.lock
 	$(PIP) install --no-deps --upgrade --target .venv/openai-2 $(OPENAI_2)
 	@touch $@
 

@@ -38,6 +38,8 @@ from minivllm_kernels import BLOCK_SIZE, KernelBackend, get_backend  # noqa: E40
 from minivllm_kernels.cpu import CppBackend  # noqa: E402
 from minivllm_kernels.packed import PackedWeight, QuantizedRows  # noqa: E402
 
+from minivllm.engine.huge_pages import empty_in_huge_pages  # noqa: E402
+
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCABULARY = 576, 9, 3, 64, 1536, 49152
 ALL_HEADS = HEADS + 2 * KV_HEADS
 WEIGHTS = {
@@ -240,9 +242,9 @@ def packed_weights(bits: int, name: str) -> list[PackedWeight]:
 
 @cache
 def kv_pool(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random K and V caches [P, K, S, D], of ``COLD_BYTES`` together."""
+    """Random K and V caches [P, K, S, D], of ``COLD_BYTES`` together, in the memory that the engine takes."""
     num_blocks = COLD_BYTES // (2 * KV_HEADS * BLOCK_SIZE * HEAD_DIM * dtype.itemsize)
-    k, v = torch.randn(2, num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=dtype)
+    k, v = empty_in_huge_pages(2, num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=dtype).normal_()
     return k, v
 
 

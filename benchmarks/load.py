@@ -1,35 +1,23 @@
 """The contenders of ``peers.py``: HTTP servers, and libraries in child processes of their own.
 
 Every contender takes the same work, ``run(prompts, max_tokens)``: all prompts at once, each
-answered with exactly ``max_tokens`` tokens, greedily. Run as a script, this file is such a child;
-at its top it needs only the standard library, because a library's interpreter may have no more.
-
-    python benchmarks/load.py KIND MODEL CORES
+answered with exactly ``max_tokens`` tokens, greedily.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-START_SECONDS = 600.0
-"""A contender that isn't ready by then is left out."""
-
-
-class ContenderError(Exception):
-    """A contender that can't be started, or that didn't do what it was asked to."""
+from minivllm_bench.servers import ContenderError, Process, start_server
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,50 +129,10 @@ async def _post_all(url: str, bodies: list[bytes]) -> tuple[float, list[bytes]]:
     return seconds, [response.content for response in responses]
 
 
-class Process:
-    """A child process whose standard error is kept, for when it fails."""
-
-    def __init__(self, command: Sequence[str], **pipes: Any) -> None:
-        self.command = list(command)
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        try:
-            self.child = subprocess.Popen(self.command, stderr=self._log, **pipes)
-        except OSError as error:
-            raise ContenderError(f"can't be started: {error}") from error
-
-    def failed(self) -> ContenderError:
-        """Stop it; the error has the last lines that it wrote."""
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").splitlines()[-3:]
-        self.stop()
-        return ContenderError("; ".join(["it ended or didn't get ready", *lines]))
-
-    def stop(self) -> None:
-        """SIGTERM, and SIGKILL if that doesn't help."""
-        self.child.terminate()
-        try:
-            self.child.wait(30)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-            self.child.wait()
-        self._log.close()
-
-
-def start_server(command: Sequence[str], version: str, extra: dict[str, Any]) -> HttpServer:
-    """Start ``command --port PORT`` and wait until ``/health`` says 200. Raises ContenderError."""
-    port = _free_port()
-    process = Process([*command, "--port", str(port)], stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + START_SECONDS
-    try:
-        while not _is_healthy(url):
-            if process.child.poll() is not None or time.monotonic() > deadline:
-                raise process.failed()
-            time.sleep(0.2)
-    except BaseException:  # also Ctrl-C and SIGTERM: nobody else knows of this process yet
-        process.stop()
-        raise
-    return HttpServer(url, version, extra, send_text=False, process=process)
+def start_http_server(command: Sequence[str], version: str, extra: dict[str, Any]) -> HttpServer:
+    """Start a server that takes token ids. Raises ContenderError."""
+    server = start_server(command)
+    return HttpServer(server.url, version, extra, send_text=False, process=server.process)
 
 
 def connect(url: str) -> HttpServer:
@@ -197,25 +145,11 @@ def connect(url: str) -> HttpServer:
     return HttpServer(url, f"unknown, serving {model}", {"model": model}, send_text=True, process=None)
 
 
-def _is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:  # refused, or 503 while it loads
-        return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Library(Contender):
     """A Python library in a child process, which keeps the time itself.
 
     Args:
-        kind: a key of :data:`LIBRARIES`.
+        kind: a key of ``LIBRARIES`` in ``libraries.py``.
         python: the interpreter that has the library.
         model: a GGUF file.
         cores: threads to run on.
@@ -225,7 +159,7 @@ class Library(Contender):
     """
 
     def __init__(self, kind: str, python: str, model: Path, cores: int) -> None:
-        command = [python, __file__, kind, str(model), str(cores)]
+        command = [python, str(Path(__file__).with_name("libraries.py")), kind, str(model), str(cores)]
         self._process = Process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             hello = self._receive()
@@ -258,109 +192,3 @@ class Library(Contender):
         if "error" in answer:
             raise ContenderError(answer["error"])
         return answer
-
-
-# What follows runs in the child.
-
-Run = Callable[[list[list[int]], int], list[int]]
-"""Answers prompts (token ids) with so many tokens each, and returns how many there really were."""
-
-
-def _openvino_genai(model: str, cores: int) -> tuple[str, Run]:
-    import numpy
-    import openvino  # type: ignore[import-not-found, unused-ignore]
-    import openvino_genai  # type: ignore[import-not-found, unused-ignore]
-
-    scheduler = openvino_genai.SchedulerConfig()
-    scheduler.enable_prefix_caching = False
-    properties = {"INFERENCE_NUM_THREADS": cores}
-    pipeline = openvino_genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
-
-    def run(prompts: list[list[int]], max_tokens: int) -> list[int]:
-        config = openvino_genai.GenerationConfig()
-        config.max_new_tokens = max_tokens
-        config.ignore_eos = True
-        config.do_sample = False
-        tensors = [openvino.Tensor(numpy.array([prompt], dtype=numpy.int64)) for prompt in prompts]
-        results = pipeline.generate(tensors, [config] * len(prompts))
-        return [len(result.m_generation_ids[0]) for result in results]
-
-    return f"openvino-genai {openvino_genai.__version__}, continuous batching", run
-
-
-def _llama_cpp_python(model: str, cores: int) -> tuple[str, Run]:
-    import llama_cpp  # type: ignore[import-not-found, unused-ignore]
-
-    llama = llama_cpp.Llama(model, n_ctx=4096, n_threads=cores, n_threads_batch=cores, verbose=False)
-
-    def run(prompts: list[list[int]], max_tokens: int) -> list[int]:
-        counts = []
-        for prompt in prompts:
-            tokens = llama.generate(prompt, temp=0.0)
-            counts.append(sum(1 for _ in zip(range(max_tokens), tokens, strict=False)))
-            llama.reset()
-        return counts
-
-    return f"llama-cpp-python {llama_cpp.__version__}, one prompt after the other", run
-
-
-def _transformers(model: str, cores: int) -> tuple[str, Run]:
-    import torch
-    import transformers
-
-    torch.set_num_threads(cores)
-    transformers.utils.logging.set_verbosity_error()
-    folder, name = os.path.split(model)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    loaded.generation_config.eos_token_id = None  # otherwise an answer may end early
-
-    def run(prompts: list[list[int]], max_tokens: int) -> list[int]:
-        longest = max(map(len, prompts))
-        padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        output = loaded.generate(
-            padded, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
-        )
-        return [output.shape[1] - longest] * len(prompts)
-
-    return f"transformers {transformers.__version__}, torch {torch.__version__}, float32, padded batch", run
-
-
-LIBRARIES: dict[str, Callable[[str, int], tuple[str, Run]]] = {
-    "openvino-genai": _openvino_genai,
-    "llama-cpp-python": _llama_cpp_python,
-    "transformers": _transformers,
-}
-"""What a child can be: loads a model, and returns the library's version and how to run it."""
-
-
-def main(kind: str, model: str, cores: str) -> None:
-    """Answer lines of work on standard input with lines of JSON, until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print where they like
-
-    def answer(**fields: object) -> None:
-        print(json.dumps(fields), file=answers, flush=True)
-
-    try:
-        version, run = LIBRARIES[kind](model, int(cores))
-    except ImportError as error:
-        answer(error=f"not installed in {sys.executable}: {error}")
-        return
-    except Exception as error:
-        answer(error=f"{type(error).__name__}: {error}")
-        return
-    answer(version=version)
-    for line in sys.stdin:
-        work = json.loads(line)
-        start = time.perf_counter()
-        try:
-            tokens = run(work["prompts"], work["max_tokens"])
-        except Exception as error:
-            answer(error=f"{type(error).__name__}: {error}")
-        else:
-            answer(seconds=time.perf_counter() - start, tokens=tokens)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

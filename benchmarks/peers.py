@@ -35,12 +35,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from load import Contender, ContenderError, Library, Prompt, connect, start_server
+from load import Contender, Library, Prompt, connect, start_http_server
 
 import minivllm
 from minivllm.tokenizer.load import load_tokenizer
 from minivllm.weights.files import resolve_model
 from minivllm_bench import machine
+from minivllm_bench.servers import ContenderError
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIVLLM = "minivllm"
@@ -140,7 +141,7 @@ def candidates(args: argparse.Namespace, model: Path) -> Iterator[tuple[str, Sta
     """Each contender's name, with how to start it, or why it can't be."""
     yield (
         MINIVLLM,
-        lambda: start_server(
+        lambda: start_http_server(
             [sys.executable, "-m", "minivllm.serve", "--model", str(model), *shlex.split(args.minivllm_args)],
             f"{minivllm.__version__}, commit {machine.revision(Path(minivllm.__file__).parent)}",
             {},
@@ -173,7 +174,7 @@ def _llama_server(path: str, args: argparse.Namespace, model: Path) -> Contender
         raise ContenderError(f"can't be started: {error}") from error
     version = " ".join((shown.stdout + shown.stderr).split())
     # Of its ways to sample greedily the cheapest: the default chain runs over the whole vocabulary.
-    return start_server(command, version, {"cache_prompt": False, "samplers": ["top_k"], "top_k": 1})
+    return start_http_server(command, version, {"cache_prompt": False, "samplers": ["top_k"], "top_k": 1})
 
 
 def start_all(

@@ -80,8 +80,9 @@ class ScoringRunner:
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> PendingTokens:
         """Run the step; a request that would be sampled gets token 0."""
-        flat = FlatBatch.build(batch, self.runner.device)
-        every_token = torch.arange(batch.num_tokens, device=self.runner.device)
+        device = self.runner.model.placement.device
+        flat = FlatBatch.build(batch, device)
+        every_token = torch.arange(batch.num_tokens, device=device)
         self.logits_TV = self.runner.model(replace(flat, logits_index_L=every_token), self.runner.caches)
         tokens = [SampledToken(0) if item.is_sampled else None for item in batch.requests]
         return lambda: tokens

@@ -63,6 +63,7 @@ ROUTES: dict[str, tuple[str, str, str]] = {
     "GET /ping": ("the same", "no", "differs: no body"),
     "GET /v1/queue/{request_id}": ("where one of the caller's requests stands", "no", "no"),
     "GET /version": ("minivllm's version", "no", "yes"),
+    "GET /metrics": ("what the server and its engine are doing, in numbers", "no", "differs: needs a key"),
     "GET /openapi.json": ("this, for machines", "no", "yes"),
 }
 """What a route is for, and whether OpenAI and vLLM have it."""

@@ -92,9 +92,13 @@ def _routes(document: dict[str, Any]) -> str:
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     ]
-    for route, operation in [*routes, ("GET /openapi.json", None)]:
+    others = {
+        "GET /metrics": "[metrics](metrics.md) in Prometheus's text format, or in OpenMetrics",
+        "GET /openapi.json": "the OpenAPI document",
+    }
+    for route, operation in [*routes, *((route, None) for route in others)]:
         about, openai, vllm = ROUTES[route]
-        answer = "the OpenAPI document"
+        answer = others.get(route, "")
         if operation is not None:
             content = operation["responses"]["200"]["content"]
             answer = _answer(content["application/json"]["schema"], document)

@@ -14,8 +14,9 @@ COMMANDS = {
     "serve": ("minivllm.serve", "serve a model behind OpenAI routes"),
     "chat": ("minivllm.chat", "talk to a model in the terminal"),
     "generate": ("minivllm.generate", "complete one prompt and print it"),
-    "trace": ("minivllm.trace", "explain a file that serve --trace wrote"),
     "bench": ("minivllm_bench.cli", "measure a server, compare the modes, look at memory"),
+    "simulate": ("minivllm_bench.simulator.cli", "predict all that for hardware that isn't there"),
+    "trace": ("minivllm.trace", "explain a file that serve --trace wrote"),
 }
 
 

@@ -140,6 +140,12 @@ class EngineConfig:
         "summary explains it; what it held is lost (default: none)",
     )
 
+    debug_routes: bool = option(
+        False,
+        "GET /debug/steps and /debug/requests/ID: what the engine did in its last 1,000 steps, everybody's "
+        "requests included",
+    )
+
     def __post_init__(self) -> None:
         for name, setting in type(self).__dataclass_fields__.items():
             choices, value = setting.metadata["choices"], getattr(self, name)
@@ -218,6 +224,20 @@ class ServerConfig:
     ignore_unknown_fields: bool = option(
         False, "drop fields of requests that this server doesn't know or support, instead of refusing them"
     )
+    metrics_prefix: str = option(
+        "minivllm", "what the names at /metrics begin with; vllm: for dashboards made for vLLM"
+    )
+    request_log: str | None = option(
+        None,
+        "a file that gets a line of JSON for each request, - for standard output; it may be moved away while "
+        "the server runs (default: none)",
+    )
+    log_prompts: bool = option(False, "whether those lines have the prompts, too")
+    otlp_endpoint: str | None = option(
+        None,
+        "where OpenTelemetry spans of requests go, such as http://localhost:4318; needs minivllm[otel] "
+        "(default: nowhere)",
+    )
     max_body_size: int = option(8 * 2**20, "largest request body, such as 8MiB", is_size=True)
     max_header_size: int = option(64 * 2**10, "largest request head, such as 64KiB", is_size=True)
     max_header_count: int = option(128, "most header lines in a request")
@@ -242,6 +262,16 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
         self._check_origins()
+        if re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix) is None:
+            raise ConfigError(
+                f"--metrics-prefix must be letters, digits and underscores, got {self.metrics_prefix!r}"
+            )
+        if self.log_prompts and self.request_log is None:
+            raise ConfigError("--log-prompts needs --request-log")
+        if self.otlp_endpoint is not None and not re.match(r"https?://[^/]", self.otlp_endpoint):
+            raise ConfigError(
+                f"--otlp-endpoint must be a URL such as http://localhost:4318, got {self.otlp_endpoint!r}"
+            )
         if self.ssl_certfile is None:
             for name in ("ssl_keyfile", "ssl_ca_certs"):
                 if getattr(self, name) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -36,11 +36,13 @@ class Parser(argparse.ArgumentParser):
         sys.stderr.write(f"{self.prog}: error: {message}\n")
         sys.exit(2)
 
-    def add_config(self, config: type[Any], title: str) -> None:
-        """A flag for each field of a configuration dataclass."""
+    def add_config(self, config: type[Any], title: str, *, only: Container[str] | None = None) -> None:
+        """A flag for each field of a configuration dataclass, or for those named in ``only``."""
         group = self.add_argument_group(title)
         hints = get_type_hints(config)
         for field in fields(config):
+            if only is not None and field.name not in only:
+                continue
             kind = next((t for t in get_args(hints[field.name]) if t is not type(None)), hints[field.name])
             is_size, choices = field.metadata["is_size"], field.metadata["choices"]
             options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}

@@ -11,6 +11,7 @@ import math
 from array import array
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from minivllm.errors import ContextLengthError, InvalidRequestError
@@ -131,9 +132,9 @@ class SamplingParams:
         """Whether tokens that occurred are less (or more) likely for it."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    @property
+    @cached_property
     def reads_output(self) -> bool:
-        """Whether the choice of a token takes the tokens before it, beyond the model."""
+        """Whether the choice of a token takes the tokens before it, beyond the model. Asked in every step."""
         return self.has_penalties or self.grammar is not None
 
     @property
@@ -288,7 +289,7 @@ class Request:
 
 @dataclass(slots=True)  # not frozen: each decode makes one, and a frozen one takes three times as long
 class EngineEvent:
-    """What one step brought one request. The last one carries ``finish_reason`` and ``metrics``."""
+    """What one step brought one request. The last one carries ``finish_reason``."""
 
     request_id: str
     new_token_ids: list[int]
@@ -297,6 +298,7 @@ class EngineEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     metrics: RequestMetrics | None = None
+    """In a request's last event; so far as they are known, in that of its first token, too."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """In a request's first event, where it asked for them: one for each token of its prompt but the first."""
 
@@ -347,6 +349,14 @@ class EngineStats:
     """Tokens looked up in the prefix cache since start-up."""
     prefix_cache_hits: int
     """Those that were found there."""
+    num_step_tokens: int = 0
+    """Tokens that went through the model since start-up: those of prompts, of decodes, and what was computed
+    again after a preemption."""
+    num_compiling: int = 0
+    """Of ``num_waiting``, those whose grammars are being compiled."""
+    waits_for: str | None = None
+    """What the first of the others waited for in the last step, and those behind it with it: as
+    ``ScheduledBatch.waits_for``."""
 
     @classmethod
     def of_nothing(cls) -> EngineStats:

@@ -25,7 +25,9 @@ from minivllm.engine.supervisor import SupervisedEngine
 from minivllm.errors import ConfigError
 from minivllm.flags import Parser
 from minivllm.server.keys import ApiKeys, load_api_keys
+from minivllm.server.record import OnRequestEnd
 from minivllm.server.request_id import RequestIdFilter
+from minivllm.server.request_log import RequestLog
 from minivllm.server.tls import check_tls
 from minivllm.terminal import configure_logging
 from minivllm.tokenizer.load import load_tokenizer
@@ -84,7 +86,7 @@ async def serve(
         StartupError: the port, the model, a flag or the memory is not as it must be.
     """
     signals = _Signals()
-    with contextlib.closing(_bind(server_config)) as listener:
+    with _observers(server_config) as observers, contextlib.closing(_bind(server_config)) as listener:
         if api_keys is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             logger.warning(
                 "no --api-key: whoever reaches %s can use the model", server_config.host or "any interface"
@@ -94,7 +96,9 @@ async def serve(
             # Imported while the engine process imports torch: it takes half a second.
             from minivllm.server.app import create_app
             from minivllm.server.context import ServerState
+            from minivllm.server.debug import RecentSteps
             from minivllm.server.http11 import uvicorn_config
+            from minivllm.server.metrics import ServerMetrics
 
             files = await asyncio.to_thread(
                 resolve_model,
@@ -112,7 +116,29 @@ async def serve(
             )
             state = ServerState()
             name = server_config.served_model_name or files.name
-            app = create_app(engine, tokenizer, server_config, name, state, api_keys)
+            metrics = ServerMetrics(
+                server_config.metrics_prefix,
+                name,
+                engine.info,
+                engine.stats,
+                config=engine_config,
+                is_alive=lambda: engine.is_alive,
+            )
+            engine.observe(metrics)
+            recent_steps = RecentSteps() if engine_config.debug_routes else None
+            if recent_steps is not None:
+                engine.observe(recent_steps)
+            app = create_app(
+                engine,
+                tokenizer,
+                server_config,
+                name,
+                state,
+                api_keys,
+                metrics=metrics,
+                on_request_end=observers,
+                recent_steps=recent_steps,
+            )
             # After 5 s the answers are complete, or have failed: only slow readers are waited for.
             http = _HttpServer(uvicorn_config(app, server_config, timeout_graceful_shutdown=5))
             # What start-up made stays: no collection walks over it while streams wait, and what requests
@@ -132,6 +158,20 @@ async def serve(
             await serving
         finally:
             await engine.close()
+
+
+@contextlib.contextmanager
+def _observers(config: ServerConfig) -> Iterator[list[OnRequestEnd]]:
+    """Who is told what became of each HTTP request, as the flags say."""
+    with contextlib.ExitStack() as stack:
+        observers: list[OnRequestEnd] = []
+        if config.request_log is not None:
+            observers.append(stack.enter_context(contextlib.closing(RequestLog(config.request_log))))
+        if config.otlp_endpoint is not None:
+            from minivllm.server.spans import Spans
+
+            observers.append(stack.enter_context(contextlib.closing(Spans(config.otlp_endpoint))))
+        yield observers
 
 
 async def _drain(engine: SupervisedEngine, timeout: float) -> None:

@@ -1,4 +1,4 @@
-"""``docs/api.md`` says what the code does now."""
+"""``docs/api.md`` and ``docs/metrics.md`` say what the code does now."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from minivllm.server.protocol import ChatRequest, CompletionRequest
 
 ROOT = Path(__file__).parents[1]
 API_MD = ROOT / "docs" / "api.md"
 
 
-def test_it_is_up_to_date() -> None:
-    code = "import sys; sys.path.insert(0, 'docs'); import generate_api; print(generate_api.main(), end='')"
+@pytest.mark.parametrize("name", ["api", "metrics"])
+def test_it_is_up_to_date(name: str) -> None:
+    code = f"import sys; sys.path.insert(0, 'docs'); import generate_{name} as g; print(g.main(), end='')"
     made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert API_MD.read_text() == made.stdout, "run `make docs`"
+    assert (ROOT / "docs" / f"{name}.md").read_text() == made.stdout, "run `make docs`"
 
 
 def test_every_field_is_there() -> None:

@@ -126,6 +126,15 @@ def test_events_after_a_stop_string_add_nothing_but_metrics() -> None:
     assert stream.output.metrics.finished_time == 7.0
 
 
+def test_what_is_known_at_the_first_token_stays_when_a_stop_string_ends_it() -> None:
+    stream = CompletionStream(TOKENIZER, [0], SamplingParams(stop=("b",)))
+    first = EngineEvent("id", [0], metrics=RequestMetrics(num_cached_tokens=16))
+    stream.push(first)
+    stream.push(make_event([1]))
+    assert stream.needs_abort
+    assert stream.output.metrics.num_cached_tokens == 16
+
+
 def test_no_abort_is_needed_where_the_engine_has_finished_too() -> None:
     stream = CompletionStream(TOKENIZER, [0], SamplingParams(stop=("b",)))
     delta = stream.push(make_event([1], FinishReason.LENGTH))

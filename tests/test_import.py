@@ -18,6 +18,7 @@ sys.meta_path.insert(0, Missing())
 """
 EVERYTHING_ELSE = {
     "accelerate", "fastapi", "gguf", "httpx", "huggingface_hub", "jinja2", "llguidance", "msgspec",
+    "opentelemetry", "prometheus_client",
     "pydantic", "sentencepiece", "starlette", "tqdm", "transformers", "triton", "uvicorn", "zmq",
 }  # fmt: skip
 

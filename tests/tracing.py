@@ -86,14 +86,15 @@ class Story:
             self.step()
 
     def recomputed(self) -> dict[str, int]:
-        """By request: tokens that were computed at a position that had been computed before."""
-        seen: set[tuple[str, int]] = set()
+        """By request: tokens computed at positions whose keys and values it had had before."""
+        had: dict[str, set[int]] = defaultdict(set)
         again: dict[str, int] = defaultdict(int)
         for step in self.runner.steps:
             for name, start, num_tokens in step:
-                places = {(name, position) for position in range(start, start + num_tokens)}
-                again[name] += len(places & seen)
-                seen |= places
+                again[name] += len(had[name].intersection(range(start, start + num_tokens)))
+                had[name].update(
+                    range(start + num_tokens)
+                )  # the first of them, perhaps, from the prefix cache
         return again
 
 

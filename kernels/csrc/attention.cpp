@@ -106,28 +106,36 @@ INLINE void score_rows(const float* q, const T* keys, int64_t dim, float* scores
     }
 }
 
-// sums[row] += weights[row] · values for N rows and `keys` of one block's values [16, dim].
-template <int N, class T>
-INLINE void weigh_rows(const float* weights, const T* values, int64_t keys, int64_t dim, float* sums) {
-    for (int64_t d = 0; d < dim; d += 2 * kLanes) {
-        Vec low[N], high[N];
-        for (int n = 0; n < N; ++n) {
-            low[n] = load(sums + n * dim + d);
-            high[n] = load(sums + n * dim + d + kLanes);
-        }
-        for (int64_t key = 0; key < keys; ++key) {
-            Vec v0 = load(values + key * dim + d), v1 = load(values + key * dim + d + kLanes);
-            for (int n = 0; n < N; ++n) {
-                Vec weight = broadcast(weights[n * kTileKeys + key]);
-                low[n] = fma(weight, v0, low[n]);
-                high[n] = fma(weight, v1, high[n]);
-            }
-        }
-        for (int n = 0; n < N; ++n) {
-            store(sums + n * dim + d, low[n]);
-            store(sums + n * dim + d + kLanes, high[n]);
+// sums[row] += weights[row] · values for N rows, `keys` of one block's values [16, dim] and the W vectors at d.
+template <int N, int W, class T>
+INLINE void weigh_vectors(const float* weights, const T* values, int64_t keys, int64_t dim, int64_t d, float* sums,
+                          const void* next, int64_t bytes_per_slot) {
+    Vec into[N][W];
+    for (int n = 0; n < N; ++n)
+        for (int w = 0; w < W; ++w) into[n][w] = load(sums + n * dim + d + w * kLanes);
+    for (int64_t key = 0; key < keys; ++key) {
+        if (next != nullptr) prefetch(next, key * bytes_per_slot, bytes_per_slot);
+        Vec weight[N];
+        for (int n = 0; n < N; ++n) weight[n] = broadcast(weights[n * kTileKeys + key]);
+        for (int w = 0; w < W; ++w) {
+            Vec value = load(values + key * dim + d + w * kLanes);
+            for (int n = 0; n < N; ++n) into[n][w] = fma(weight[n], value, into[n][w]);
         }
     }
+    for (int n = 0; n < N; ++n)
+        for (int w = 0; w < W; ++w) store(sums + n * dim + d + w * kLanes, into[n][w]);
+}
+
+// The same for all of dim. It asks for `next`, a block or null, as score_rows does.
+template <int N, class T>
+INLINE void weigh_rows(const float* weights, const T* values, int64_t keys, int64_t dim, float* sums,
+                       const void* next, int64_t bytes_per_slot) {
+    constexpr int kWide = N == 4 ? 2 : 4;  // as many sums at once as fit into registers
+    int64_t d = 0;
+    for (; d + kWide * kLanes <= dim; d += kWide * kLanes, next = nullptr)
+        weigh_vectors<N, kWide>(weights, values, keys, dim, d, sums, next, bytes_per_slot);
+    for (; d < dim; d += 2 * kLanes, next = nullptr)
+        weigh_vectors<N, 2>(weights, values, keys, dim, d, sums, next, bytes_per_slot);
 }
 
 // run(std::integral_constant<int, N>, first row) for all rows, N at a time.
@@ -318,19 +326,23 @@ class Kernel {
         // The first row sees the earliest keys. 64s begin at multiples of 64 and blocks before are left out.
         const int64_t begin = window_begin(first_position + tile.row / group);
         result.reset(tile.rows, padded_);
-        for (int64_t start = std::max(int64_t(range) * kRangeKeys, begin / kTileKeys * kTileKeys);
-             start < range_end; start += kTileKeys) {
+        const int64_t first_start = std::max(int64_t(range) * kRangeKeys, begin / kTileKeys * kTileKeys);
+        for (int64_t start = first_start; start < range_end; start += kTileKeys) {
             const int64_t keys = std::min<int64_t>(kTileKeys, range_end - start);
             const int64_t first_block = std::max<int64_t>(0, begin - start) / kBlockSize * kBlockSize;
             for (int64_t first = first_block; first < keys; first += kBlockSize) {
-                // Blocks lie anywhere in the pool: the CPU can't guess where the next one is.
+                // Blocks lie anywhere in the pool: the CPU can't guess where the next ones are. While keys are
+                // scored their values are asked for, and while those are weighed the next 64's keys; only the
+                // first 64 keys have to be asked for one block ahead.
                 const int64_t place = block_place(table, start + first, tile.kv_head);
-                const bool is_last = start + first + kBlockSize >= num_keys;
-                const T* next = is_last ? nullptr : k_cache_ + block_place(table, start + first + kBlockSize, tile.kv_head);
+                const int64_t ahead = start + first + kBlockSize;
+                const T* next = nullptr;
+                if (start == first_start && ahead < num_keys)
+                    next = k_cache_ + block_place(table, ahead, tile.kv_head);
                 with_block(k_cache_ + place, widened, [&](auto* block) {
                     for_rows(tile.rows, [&](auto n, int64_t row) {
                         score_rows<n()>(q + row * padded_, block, padded_, scores + row * kTileKeys + first,
-                                        row == 0 ? next : nullptr, row == 0 ? v_cache_ + place : nullptr,
+                                        row == 0 ? v_cache_ + place : nullptr, row == 0 ? next : nullptr,
                                         a_.head_dim * int64_t(sizeof(T)));
                     });
                 });
@@ -343,11 +355,13 @@ class Kernel {
                            result.largest + row, result.total + row, result.values + row * padded_);
             }
             for (int64_t first = first_block; first < keys; first += kBlockSize) {
-                const int64_t count = std::min<int64_t>(kBlockSize, keys - first);
+                const int64_t count = std::min<int64_t>(kBlockSize, keys - first), ahead = start + kTileKeys + first;
+                const T* next = ahead >= num_keys ? nullptr : k_cache_ + block_place(table, ahead, tile.kv_head);
                 with_block(v_cache_ + block_place(table, start + first, tile.kv_head), widened, [&](auto* values) {
                     for_rows(tile.rows, [&](auto n, int64_t row) {
                         weigh_rows<n()>(scores + row * kTileKeys + first, values, count, padded_,
-                                        result.values + row * padded_);
+                                        result.values + row * padded_, row == 0 ? next : nullptr,
+                                        a_.head_dim * int64_t(sizeof(T)));
                     });
                 });
             }

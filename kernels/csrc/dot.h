@@ -80,9 +80,6 @@ INLINE void store_values(VecInt values, T* to) {
 // A pointer that is nothing but itself: GCC would otherwise make one for each place that is read through
 // it, keep them all from group to group, and run out of registers.
 #define KEEP_POINTER(x) asm("" : "+r"(x))
-// Sums in memory stay there from group to group: GCC would otherwise carry some in registers and push
-// the integer sums out of them.
-#define LEAVE_IN_MEMORY() asm volatile("" : : : "memory")
 
 #if defined(__AVX512VNNI__)
 
@@ -211,30 +208,31 @@ template <int Bits, int N>
 INLINE void tile(const uint8_t* weights, const float* scales, const Activations<Bits> a, int64_t at,
                  int64_t num_groups, float* out) {
     constexpr int kSteps = kUnpackedBytes<Bits> / 64, kWidth = kGroup / kSteps;
+    __m256 f[N][2];  // weight rows 0 to 7, and 8 to 15
+    UNROLL for (int t = 0; t < N; ++t)
+        UNROLL for (int half = 0; half < 2; ++half) f[t][half] = _mm256_loadu_ps(out + t * kPanel + half * 8);
     for (int64_t g = 0; g < num_groups; ++g, ++at, weights += kUnpackedBytes<Bits>, scales += 2 * kPanel) {
-        LEAVE_IN_MEMORY();
         const Value<Bits>* rows[N];
         find_rows(a, at, rows);
-        __m256i low[N], high[N];  // weight rows 0 to 7, and 8 to 15
+        __m256i sums[N][2];
         UNROLL for (int k = 0; k < kSteps; ++k) {
             __m256i w0 = load_bytes(weights + k * 64), w1 = load_bytes(weights + k * 64 + 32);
             UNROLL for (int t = 0; t < N; ++t) {
                 __m256i p0 = product(w0, rows[t] + k * kWidth), p1 = product(w1, rows[t] + k * kWidth);
-                low[t] = k == 0 ? p0 : add<Bits>(low[t], p0);
-                high[t] = k == 0 ? p1 : add<Bits>(high[t], p1);
-                KEEP(low[t]);
-                KEEP(high[t]);
+                sums[t][0] = k == 0 ? p0 : add<Bits>(sums[t][0], p0);
+                sums[t][1] = k == 0 ? p1 : add<Bits>(sums[t][1], p1);
+                KEEP(sums[t][0]);
+                KEEP(sums[t][1]);
             }
         }
-        UNROLL for (int half = 0; half < 2; ++half) {
-            __m256 d = _mm256_loadu_ps(scales + half * 8), m = _mm256_loadu_ps(scales + kPanel + half * 8);
-            UNROLL for (int t = 0; t < N; ++t) {
-                float* to = out + t * kPanel + half * 8;
-                __m256i sums = half ? high[t] : low[t];
-                _mm256_storeu_ps(to, scale<Bits>(sums, d, m, a, at + t * a.groups, _mm256_loadu_ps(to)));
+        UNROLL for (int t = 0; t < N; ++t)
+            UNROLL for (int half = 0; half < 2; ++half) {
+                __m256 d = _mm256_loadu_ps(scales + half * 8), m = _mm256_loadu_ps(scales + kPanel + half * 8);
+                f[t][half] = scale<Bits>(sums[t][half], d, m, a, at + t * a.groups, f[t][half]);
             }
-        }
     }
+    UNROLL for (int t = 0; t < N; ++t)
+        UNROLL for (int half = 0; half < 2; ++half) _mm256_storeu_ps(out + t * kPanel + half * 8, f[t][half]);
 }
 
 // tile from packed blocks, unpacking in registers: for so few tokens that the blocks are read once.

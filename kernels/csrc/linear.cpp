@@ -22,13 +22,6 @@ constexpr int64_t kSerialTokens = 4;   // fewer are quantised before the other t
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Grow-only memory that a thread keeps from call to call.
-template <class T>
-T* scratch(std::vector<T>& memory, int64_t size) {
-    if (int64_t(memory.size()) < size) memory.resize(size);
-    return memory.data();
-}
-
 // Of a group. Without their signs, floats' bits are in the floats' order, with NaN above infinity.
 INLINE float largest_magnitude(const float* from) {
     VecInt largest = {};
@@ -103,7 +96,13 @@ void multiply_panel(const uint8_t* panel, const Activations<Bits>& a, int64_t be
             unpack<Bits>(block, weights + g * kUnpackedBytes<Bits>);
             load_scales<Bits>(block, scales + g * 2 * kPanel);
         }
+        // The panel that comes next in memory is most likely this thread's next one, too. It is asked for a
+        // little at a time while this one's tokens are computed.
+        const int64_t bytes = count * kBlockBytes<Bits>, share = ceil_div(bytes, end - begin) / 64 * 64 + 64;
+        const uint8_t* next = panel + a.groups * kBlockBytes<Bits> + first * kBlockBytes<Bits>;
         for_tokens(begin, end, [&](auto n, int64_t token) {
+            const int64_t start = (token - begin) * share, stop = std::min(start + n() * share, bytes);
+            for (int64_t at = start; at < stop; at += 64) __builtin_prefetch(next + at);
             tile<Bits, n()>(weights, scales, a, token * a.groups + first, count, sums + (token - begin) * kPanel);
         });
     }

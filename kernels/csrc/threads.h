@@ -1,5 +1,8 @@
-// How many threads share a kernel's work.
+// How many threads share a kernel's work, and the memory that each of them works in.
 #pragma once
+
+#include <cstdint>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -13,6 +16,13 @@ inline int num_threads() {
 #else
     return 1;
 #endif
+}
+
+// Grow-only memory that a thread keeps from call to call.
+template <class T>
+T* scratch(std::vector<T>& memory, int64_t size) {
+    if (int64_t(memory.size()) < size) memory.resize(size);
+    return memory.data();
 }
 
 }  // namespace minivllm::ISA

@@ -73,6 +73,64 @@ class KernelBackend(Protocol):
         """:meth:`silu_and_mul`, then :meth:`linear`. Returns [T, rows]."""
         return self.linear(self.silu_and_mul(gate_up_TI2), weight, bias)
 
+    def attention_layer(
+        self,
+        x_TN: torch.Tensor,
+        residual_TN: torch.Tensor | None,
+        norm_weight_N: torch.Tensor,
+        eps: float,
+        qkv: Weight,
+        qkv_bias: torch.Tensor | None,
+        o: Weight,
+        o_bias: torch.Tensor | None,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
+        k_cache_PKSD: torch.Tensor,
+        v_cache_PKSD: torch.Tensor,
+        slots_T: torch.Tensor,
+        block_tables_BM: torch.Tensor,
+        seq_lens_B: torch.Tensor,
+        query_start_B1: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`rms_norm_linear` with ``qkv`` [A * D, N], :meth:`rope_and_write_kv`,
+        :meth:`paged_attention`, and :meth:`linear` with ``o`` [N, H * D].
+
+        Returns ([T, N], ``x + residual``); mutates the caches, and ``residual`` as its parts do.
+        """
+        heads, residual_TN = self.rms_norm_linear(x_TN, residual_TN, norm_weight_N, eps, qkv, qkv_bias)
+        num_tokens, num_kv_heads, head_dim = x_TN.shape[0], k_cache_PKSD.shape[1], k_cache_PKSD.shape[3]
+        heads_TAD = heads.view(num_tokens, -1, head_dim)
+        q_THD = heads_TAD[:, : heads_TAD.shape[1] - 2 * num_kv_heads]
+        self.rope_and_write_kv(heads_TAD, cos_TD, sin_TD, k_cache_PKSD, v_cache_PKSD, slots_T)
+        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        self.paged_attention(
+            q_THD, k_cache_PKSD, v_cache_PKSD, block_tables_BM, seq_lens_B, query_start_B1,
+            scale=scale, out_THD=out_THD, sliding_window=sliding_window,
+        )  # fmt: skip
+        return self.linear(out_THD.flatten(1), o, o_bias), residual_TN
+
+    def mlp_layer(
+        self,
+        x_TN: torch.Tensor,
+        residual_TN: torch.Tensor | None,
+        norm_weight_N: torch.Tensor,
+        eps: float,
+        gate_up: Weight,
+        gate_up_bias: torch.Tensor | None,
+        down: Weight,
+        down_bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`rms_norm_linear` with ``gate_up`` [2I, N], then :meth:`silu_and_mul_linear` with
+        ``down`` [N, I]. Returns ([T, N], ``x + residual``); mutates ``residual`` as its parts do.
+        """
+        gate_up_TI2, residual_TN = self.rms_norm_linear(
+            x_TN, residual_TN, norm_weight_N, eps, gate_up, gate_up_bias
+        )
+        return self.silu_and_mul_linear(gate_up_TI2, down, down_bias), residual_TN
+
     @abstractmethod
     def embedding(self, ids_T: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Rows ``ids`` (int64) of the weight. Returns [T, N]."""

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import msgspec
 import zmq
@@ -47,6 +47,8 @@ class EngineClient:
     """
 
     info: EngineInfo
+    on_step: Callable[[messages.StepEvents], None] | None = None
+    """Called with each step's message before anybody else sees its events."""
 
     def __init__(self, directory: str, process: asyncio.subprocess.Process) -> None:
         self._directory = directory
@@ -247,6 +249,8 @@ class EngineClient:
             if isinstance(message, messages.StepEvents):
                 self._stats = message.stats
                 self._last_sign = time.monotonic()
+                if self.on_step is not None:
+                    self.on_step(message)
                 for event in message.events:
                     self.has_finished_any |= event.finish_reason is not None
                     # An aborted request's last events find nobody.

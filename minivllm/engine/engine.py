@@ -115,6 +115,8 @@ class Engine:
         self._numbers = itertools.count()
         self._in_flight: deque[_Step] = deque()
         """Steps that were started and whose tokens haven't been taken in, oldest first."""
+        self._num_step_tokens = 0
+        self._waits_for: str | None = None
         self._seeds = random.Random(config.seed)
 
     @property
@@ -190,6 +192,7 @@ class Engine:
             events += self._take_in()
         start = self.clock()
         batch = self.scheduler.schedule()
+        self._waits_for = batch.waits_for
         record = None if self._recorder is None else self._recorder.open(start, batch, self.stats())
         if batch.requests:
             events += self._start(batch, record)
@@ -249,6 +252,7 @@ class Engine:
             return self._shrink(batch, record, error)
         except Exception as error:
             return self._fail(batch, record, error)
+        self._num_step_tokens += batch.num_tokens
         self.scheduler.advance(batch)
         if record is not None:
             record.launched_time = self.clock()
@@ -305,6 +309,9 @@ class Engine:
             num_preemptions=self.scheduler.num_preemptions,
             prefix_cache_queries=self.block_manager.num_queried_tokens,
             prefix_cache_hits=self.block_manager.num_hit_tokens,
+            num_step_tokens=self._num_step_tokens,
+            num_compiling=len(self._compiling),
+            waits_for=self._waits_for,
         )
 
     def check_integrity(self) -> None:

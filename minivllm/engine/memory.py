@@ -73,6 +73,7 @@ def plan_memory(
     workspace_for: Callable[[int], int],
     graphs: int,
     max_num_batched_tokens: int,
+    memory: tuple[int, int],
 ) -> MemoryLedger:
     """Decide the number of KV blocks and the longest sequence.
 
@@ -82,6 +83,7 @@ def plan_memory(
         workspace_for: bytes that a step of so many tokens takes beside that.
         graphs: bytes of CUDA graphs, which are recorded later.
         max_num_batched_tokens: of one step.
+        memory: (free, total) bytes of the device, as :func:`device_memory` says.
 
     Raises:
         OutOfMemoryError: the pool can't hold one sequence of ``--max-model-len`` tokens, or the
@@ -95,7 +97,7 @@ def plan_memory(
         )
     per_block = block_bytes(model, kv_dtype)
     workspace = workspace_for(max_num_batched_tokens)
-    free, total = device_memory(device)
+    free, total = memory
     free -= graphs
     if device.type == "cuda":
         free -= int((1.0 - config.gpu_memory_utilization) * total)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from minivllm.engine.steps import StepRecord
 from minivllm.errors import MessageError
 from minivllm.request import EngineEvent, EngineInfo, EngineStats, SamplingParams, Terms
 
@@ -45,6 +46,8 @@ class StepEvents(msgspec.Struct, tag=True):
 
     events: list[EngineEvent]
     stats: EngineStats
+    records: list[StepRecord] = []
+    """Of steps that ended since the last message, where --debug-routes asks for them."""
 
 
 ToEngine = AddRequest | AbortRequest

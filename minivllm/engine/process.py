@@ -21,6 +21,7 @@ import zmq
 
 from minivllm.config import EngineConfig
 from minivllm.engine import messages
+from minivllm.engine.steps import StepRecord
 from minivllm.errors import InvalidRequestError, MessageError, StartupError
 from minivllm.openmp import spin_briefly
 from minivllm.request import EngineEvent, FinishReason
@@ -47,7 +48,8 @@ def main(directory: str) -> int:
     events.set_hwm(0)  # a client that is slow for a moment must not stop the engine
     events.connect(f"ipc://{directory}/events")
     try:
-        engine = _build()
+        records: list[StepRecord] = []
+        engine = _build(records)
     except StartupError as error:
         events.send(messages.encode(messages.StartFailed(str(error))))
         return 1
@@ -58,7 +60,7 @@ def main(directory: str) -> int:
     gc.freeze()  # what start-up made stays: no collection walks over it in the middle of a step
     events.send(messages.encode(messages.Ready(engine.info, engine.stats())))
     try:
-        serve(engine, requests, events)
+        serve(engine, requests, events, records)
     except MessageError as error:
         logger.error("%s", error)
         return 1
@@ -67,7 +69,8 @@ def main(directory: str) -> int:
     return 0
 
 
-def _build() -> Engine:
+def _build(records: list[StepRecord]) -> Engine:
+    """The engine, which puts its steps into ``records`` if it is asked for them."""
     start = time.monotonic()
     # Seconds of importing torch, while the parent still looks for the model's files.
     from minivllm.engine.startup import build_engine, stage
@@ -79,10 +82,15 @@ def _build() -> Engine:
     config = msgspec.json.decode(line, type=EngineConfig)
     with stage("model files read"):
         files = resolve_model(config.model, revision=config.revision, load_format=config.load_format)
-    return build_engine(config, files)
+    return build_engine(config, files, [records.append] if config.debug_routes else ())
 
 
-def serve(engine: Engine, requests: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
+def serve(
+    engine: Engine,
+    requests: zmq.Socket[bytes],
+    events: zmq.Socket[bytes],
+    records: list[StepRecord],
+) -> None:
     """Take messages and step until standard input closes. Sleeps, using no CPU, while there is no work.
 
     Raises:
@@ -100,7 +108,8 @@ def serve(engine: Engine, requests: zmq.Socket[bytes], events: zmq.Socket[bytes]
         while requests.poll(0):
             out += _handle(engine, messages.decode_to_engine(requests.recv()))
         out += engine.step()
-        events.send(messages.encode(messages.StepEvents(out, engine.stats())))
+        events.send(messages.encode(messages.StepEvents(out, engine.stats(), records)))
+        records.clear()
 
 
 def _handle(engine: Engine, message: messages.ToEngine) -> list[EngineEvent]:

@@ -11,6 +11,7 @@ from minivllm.config import BLOCK_SIZE
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.decode_graphs import DecodeGraphs
 from minivllm.engine.grammar import Grammars
+from minivllm.engine.huge_pages import empty_in_huge_pages
 from minivllm.engine.prompt_logprobs import score_prompts
 from minivllm.engine.sampler import Sample, sample
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
@@ -108,8 +109,10 @@ class TorchRunner:
 def empty_caches(model: Llama, *, num_blocks: int, kv_dtype: torch.dtype) -> list[LayerCache]:
     """A KV pool, layer by layer. Its memory isn't touched: on a CPU it is taken as blocks are used."""
     config = model.config
-    shape = num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim
-    pool = torch.empty(  # one allocation
-        config.num_layers, 2, *shape, dtype=kv_dtype, device=model.placement.device
-    )
+    device = model.placement.device
+    shape = config.num_layers, 2, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim
+    if device.type == "cpu":
+        pool = empty_in_huge_pages(*shape, dtype=kv_dtype)
+    else:
+        pool = torch.empty(shape, dtype=kv_dtype, device=device)
     return [LayerCache(layer[0], layer[1]) for layer in pool]

@@ -258,8 +258,10 @@ class Scheduler(ABC):
                 event = self._finish(request, [token.token_id], FinishReason.LENGTH, logprobs=logprobs)
             else:
                 event = EngineEvent(request.request_id, [token.token_id], logprobs)
-            if num_output_tokens == 1 and request.sampling.prompt_logprobs is not None:
-                event.prompt_logprobs = request.prompt_logprobs
+            if num_output_tokens == 1:
+                event.metrics = request.metrics
+                if request.sampling.prompt_logprobs is not None:
+                    event.prompt_logprobs = request.prompt_logprobs
             events.append(event)
         return events
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from minivllm.engine.engine import Engine
 from minivllm.engine.grammar import Grammars
 from minivllm.engine.memory import device_memory, estimate_workspace, most_tokens, plan_memory
 from minivllm.engine.runner import TorchRunner
+from minivllm.engine.steps import Sink
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.models.layers import Placement
 from minivllm.models.llama import Llama
@@ -30,7 +31,7 @@ from minivllm.weights.loader import check_and_iterate, stored_bits
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
+DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
 @contextmanager
@@ -41,8 +42,8 @@ def stage(name: str) -> Iterator[None]:
     logger.info("%s: %.2f s", name, time.monotonic() - start)
 
 
-def build_engine(config: EngineConfig, files: ModelFiles) -> Engine:
-    """Load a model's weights and put an engine around it.
+def build_engine(config: EngineConfig, files: ModelFiles, sinks: Sequence[Sink] = ()) -> Engine:
+    """Load a model's weights and put an engine around it, which tells ``sinks`` of its steps.
 
     Raises:
         StartupError: a file, a flag or the memory is not as it must be; the message says what to do.
@@ -52,7 +53,7 @@ def build_engine(config: EngineConfig, files: ModelFiles) -> Engine:
     with stage("weights loaded"):
         model = load_model(config, files)
     with stage("KV cache allocated"):
-        return make_engine(config, files, model, trace)
+        return make_engine(config, files, model, trace, sinks)
 
 
 def load_model(config: EngineConfig, files: ModelFiles) -> Llama:
@@ -76,12 +77,19 @@ def load_model(config: EngineConfig, files: ModelFiles) -> Llama:
 
 
 def make_engine(
-    config: EngineConfig, files: ModelFiles, model: Llama, trace: TraceWriter | None = None
+    config: EngineConfig,
+    files: ModelFiles,
+    model: Llama,
+    trace: TraceWriter | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> Engine:
-    """Size and allocate the KV pool, print the memory ledger, build the engine. ``trace`` gets its steps."""
+    """Size and allocate the KV pool, print the memory ledger, build the engine.
+
+    ``trace`` and ``sinks`` are told of its steps.
+    """
     device = model.placement.device
     kv_dtype = _kv_dtype(config.kv_cache_dtype, model)
-    max_num_batched_tokens = config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
+    max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
     sizes = graph_sizes(config.max_num_seqs) if device.type == "cuda" and not config.enforce_eager else []
     workspace_for, graphs = _step_memory(config, model, kv_dtype, max_num_batched_tokens, sizes)
     ledger = plan_memory(
@@ -93,6 +101,7 @@ def make_engine(
         workspace_for=workspace_for,
         graphs=graphs,
         max_num_batched_tokens=max_num_batched_tokens,
+        memory=device_memory(device),
     )
     for line in ledger.lines():
         logger.info("%s", line)
@@ -136,7 +145,7 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         eos_token_ids=eos_token_ids,
         grammars=grammars,
-        sinks=() if trace is None else (trace,),
+        sinks=sinks if trace is None else (trace, *sinks),
     )
 
 

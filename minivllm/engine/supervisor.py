@@ -7,9 +7,11 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
+from typing import Protocol
 
 from minivllm.config import EngineConfig
 from minivllm.engine.client import EngineClient
+from minivllm.engine.messages import StepEvents
 from minivllm.errors import EngineRestartingError, ShuttingDownError, StartupError
 from minivllm.request import DEFAULT_TERMS, EngineEvent, EngineInfo, EngineStats, SamplingParams, Terms
 
@@ -19,6 +21,19 @@ LONGEST_DELAY = 30.0
 """Seconds before another try, at the most."""
 HOPELESS_AFTER = 3
 """Failures in a row after which the server no longer calls itself healthy; it goes on trying."""
+
+
+class Observer(Protocol):
+    """Who is told what the engines do, as it happens."""
+
+    def step_done(self, step: StepEvents) -> None:
+        """What a step brought, before anybody else sees it."""
+
+    def engine_lost(self) -> None:
+        """An engine has ended, and what it ran with it."""
+
+    def engine_restarted(self) -> None:
+        """Another can serve."""
 
 
 class SupervisedEngine:
@@ -32,6 +47,7 @@ class SupervisedEngine:
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
+        self._observers: list[Observer] = []
         self._is_closed = False
         self._supervision: asyncio.Task[None] | None = None
         self.num_restarts = 0
@@ -58,6 +74,11 @@ class SupervisedEngine:
         await self._client.start(config, stall_timeout=stall_timeout)
         self.info = self._client.info
         self._supervision = asyncio.create_task(self._supervise(config, stall_timeout))
+
+    def observe(self, observer: Observer) -> None:
+        """Tell ``observer`` from now on."""
+        self._observers.append(observer)
+        self._client.on_step = self._step_done
 
     @property
     def is_alive(self) -> bool:
@@ -115,11 +136,17 @@ class SupervisedEngine:
                 await self._supervision
         await self._client.close()
 
+    def _step_done(self, step: StepEvents) -> None:
+        for observer in self._observers:
+            observer.step_done(step)
+
     async def _supervise(self, config: EngineConfig, stall_timeout: float) -> None:
         while True:
             await self._client.wait_until_dead()  # by then its requests have failed
             self.num_failures = 0 if self._client.has_finished_any else self.num_failures + 1
             logger.error("%s; starting another", self._client.death)
+            for observer in self._observers:
+                observer.engine_lost()
             await self._client.close()
             await self._replace(config, stall_timeout)
 
@@ -141,6 +168,9 @@ class SupervisedEngine:
                 )
             else:
                 self.num_restarts += 1
+                self._client.on_step = self._step_done
+                for observer in self._observers:
+                    observer.engine_restarted()
                 logger.info("the engine serves again after %.2f s", time.monotonic() - start)
                 return
 

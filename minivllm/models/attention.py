@@ -24,9 +24,8 @@ class Attention:
 
     def __init__(self, prefix: str, config: ModelConfig, placement: Placement) -> None:
         self.kernels = placement.kernels
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim, self.sliding_window = config.head_dim, config.sliding_window
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.scale, self.sliding_window = config.head_dim**-0.5, config.sliding_window
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         name, bias = f"{prefix}.self_attn", config.attention_bias
         self.qkv_proj = NormedLinear(
             f"{prefix}.input_layernorm",
@@ -48,20 +47,24 @@ class Attention:
         cache: LayerCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (output [T, N], ``x + residual``); ``cache`` is mutated at ``batch.slots_T``."""
-        qkv, residual_TN = self.qkv_proj(x_TN, residual_TN)
-        heads_TAD = qkv.view(x_TN.shape[0], -1, self.head_dim)
-        k_cache_PKSD, v_cache_PKSD = cache.k_PKSD, cache.v_PKSD
-        self.kernels.rope_and_write_kv(heads_TAD, cos_TD, sin_TD, k_cache_PKSD, v_cache_PKSD, batch.slots_T)
-        out = torch.empty(x_TN.shape[0], self.num_heads * self.head_dim, dtype=qkv.dtype, device=qkv.device)
-        self.kernels.paged_attention(
-            heads_TAD[:, : self.num_heads],
-            k_cache_PKSD,
-            v_cache_PKSD,
+        qkv, o = self.qkv_proj, self.o_proj
+        return self.kernels.attention_layer(
+            x_TN,
+            residual_TN,
+            qkv.norm_weight,
+            qkv.eps,
+            qkv.weight,
+            qkv.bias,
+            o.weight,
+            o.bias,
+            cos_TD,
+            sin_TD,
+            cache.k_PKSD,
+            cache.v_PKSD,
+            batch.slots_T,
             batch.block_tables_BM,
             batch.seq_lens_B,
             batch.query_start_B1,
-            scale=self.head_dim**-0.5,
-            out_THD=out.view(x_TN.shape[0], self.num_heads, self.head_dim),
+            scale=self.scale,
             sliding_window=self.sliding_window,
         )
-        return self.o_proj(out), residual_TN

@@ -43,7 +43,7 @@ class Placement:
 
 
 class Linear:
-    """``x @ weight.T + bias``, several projections of the same input fused into one product.
+    """Weight and bias of ``x @ weight.T + bias``: several projections of the same input in one product.
 
     Args:
         projections: Hugging Face name, without ``.weight``, to number of rows; top to bottom.
@@ -53,13 +53,9 @@ class Linear:
         self, projections: dict[str, int], in_features: int, *, bias: bool, placement: Placement
     ) -> None:
         self.projections = projections
-        self.kernels = placement.kernels
         rows = sum(projections.values())
         self.weight = placement.matrix((f"{name}.weight" for name in projections), rows, in_features)
         self.bias = placement.empty(rows) if bias else None
-
-    def __call__(self, x_TN: torch.Tensor) -> torch.Tensor:
-        return self.kernels.linear(x_TN, self.weight, self.bias)
 
     def weight_slots(self) -> dict[str, WeightSlot]:
         """Where each projection's tensors go, by their names."""
@@ -74,7 +70,7 @@ class Linear:
 
 
 class NormedLinear(Linear):
-    """RMSNorm of ``x + residual``, then :class:`Linear`; returns (product, ``x + residual``)."""
+    """:class:`Linear` of an input that is normalised first, and the norm's weight."""
 
     def __init__(
         self,
@@ -89,13 +85,6 @@ class NormedLinear(Linear):
         super().__init__(projections, in_features, bias=bias, placement=placement)
         self.norm, self.eps = norm, eps
         self.norm_weight = placement.empty(in_features)
-
-    def __call__(  # type: ignore[override]  # a residual comes in and goes out
-        self, x_TN: torch.Tensor, residual_TN: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.kernels.rms_norm_linear(
-            x_TN, residual_TN, self.norm_weight, self.eps, self.weight, self.bias
-        )
 
     def weight_slots(self) -> dict[str, WeightSlot]:
         """The norm's too."""

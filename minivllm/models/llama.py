@@ -45,9 +45,17 @@ class MLP:
         )
 
     def __call__(self, x_TN: torch.Tensor, residual_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate_up, residual_TN = self.gate_up_proj(x_TN, residual_TN)
-        out_TN = self.kernels.silu_and_mul_linear(gate_up, self.down_proj.weight, self.down_proj.bias)
-        return out_TN, residual_TN
+        gate_up, down = self.gate_up_proj, self.down_proj
+        return self.kernels.mlp_layer(
+            x_TN,
+            residual_TN,
+            gate_up.norm_weight,
+            gate_up.eps,
+            gate_up.weight,
+            gate_up.bias,
+            down.weight,
+            down.bias,
+        )
 
 
 class LlamaLayer:

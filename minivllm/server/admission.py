@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from minivllm.errors import OverloadedError
 from minivllm.server.errors import error_response
 from minivllm.server.rate_limit import TokenRateLimit
+from minivllm.server.record import record_of
 
 _COUNTED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 _RATE_SECONDS = 60.0
@@ -162,6 +163,7 @@ class AdmissionMiddleware:
         try:
             ticket = self.room.enter()
         except OverloadedError as error:
+            record_of(scope).note_error(error)
             await error_response(error)(scope, receive, send)
             return
         state = scope.setdefault("state", {})

@@ -13,6 +13,7 @@ from minivllm.server.context import ServerContext
 from minivllm.server.formats import Choice, Format, Logprobs
 from minivllm.server.generation import OnDelta, Sample, run_samples
 from minivllm.server.protocol import GenerationRequest
+from minivllm.server.record import RequestRecord
 from minivllm.server.responses import StopReason, Usage
 from minivllm.server.streaming import Emit
 
@@ -27,6 +28,7 @@ class Answer:
     wording: Format
     samples: list[Sample]
     samples_per_prompt: int
+    record: RequestRecord
     ticket: Ticket
     terms: Terms
     created: int = field(default_factory=lambda: int(time.time()))
@@ -82,7 +84,13 @@ class Answer:
 
     async def _run(self, on_delta: OnDelta | None = None) -> list[CompletionOutput]:
         return await run_samples(
-            self.context, self.samples, self.ticket, self.terms, self.wording.shown_token_ids, on_delta
+            self.context,
+            self.samples,
+            self.ticket,
+            self.terms,
+            self.wording.shown_token_ids,
+            self.record,
+            on_delta,
         )
 
     def _best(self, outputs: list[CompletionOutput]) -> list[CompletionOutput]:

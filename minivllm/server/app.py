@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -17,14 +17,17 @@ from minivllm.server.admission import WaitingRoom
 from minivllm.server.body import JsonRoute
 from minivllm.server.chat import ChatStyle
 from minivllm.server.context import Engine, ServerContext, ServerState
+from minivllm.server.debug import RecentSteps, debug_router
 from minivllm.server.door import guard
 from minivllm.server.errors import add_error_handlers
 from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.keys import ApiKeys
 from minivllm.server.lenient import LenientRoute
+from minivllm.server.metrics import ServerMetrics
 from minivllm.server.openai import openai_router
 from minivllm.server.protocol import DetokenizeRequest, TokenizeRequest
 from minivllm.server.rate_limit import TokenRateLimit
+from minivllm.server.record import OnRequestEnd
 from minivllm.server.responses import Detokenized, ErrorEnvelope, Health, QueuePosition, Tokenized, Version
 from minivllm.tokenizer.tokenizer import Tokenizer
 
@@ -37,6 +40,9 @@ def create_app(
     state: ServerState,
     api_keys: ApiKeys | None = None,
     grammars: GrammarChecker | None = None,
+    metrics: ServerMetrics | None = None,
+    on_request_end: Sequence[OnRequestEnd] = (),
+    recent_steps: RecentSteps | None = None,
 ) -> FastAPI:
     """The application that serves one model.
 
@@ -47,9 +53,15 @@ def create_app(
             are read here.
         model_name: what clients ask for.
         state: the caller's handle on the running application.
-        api_keys: one of them is needed for every path but ``/health`` and ``/ping``; None: everybody may in.
+        api_keys: one of them is needed for every path but ``/health``, ``/ping`` and ``/ready``; None: nobody
+            needs one.
         grammars: closed by the caller. None: one of its own, whose process ends with this one.
+        metrics: told of the engine's steps by the caller. None: some of its own, that nobody tells.
+        recent_steps: told of the engine's steps by the caller, for the routes under ``/debug``. None: there
+            are no such routes.
+        on_request_end: who else is told, with the metrics, what became of each HTTP request.
     """
+    metrics = metrics or ServerMetrics(server_config.metrics_prefix, model_name, engine.info, engine.stats)
     room = WaitingRoom(server_config.max_waiting_requests, server_config.max_waiting_tokens)
     rate = server_config.key_tokens_per_minute
     rate_limit = None if rate is None else TokenRateLimit(rate)
@@ -60,12 +72,15 @@ def create_app(
         state,
         ChatStyle.of(tokenizer, server_config),
         grammars or GrammarChecker(tokenizer, engine.info.vocab_size),
+        metrics,
         room,
         rate_limit,
+        keeps_prompts=server_config.log_prompts,
         max_tokens_per_request=server_config.max_tokens_per_request,
     )
+    on_request_end = [metrics.request_done, *on_request_end]
     app = _GuardedApp(
-        lambda app: guard(app, server_config, api_keys, room, rate_limit),
+        lambda app: guard(app, server_config, api_keys, room, rate_limit, on_request_end),
         title="minivllm",
         version=minivllm.__version__,
         docs_url=None,  # a page that would load its scripts from elsewhere
@@ -77,6 +92,8 @@ def create_app(
     route_class = LenientRoute if server_config.ignore_unknown_fields else JsonRoute
     app.include_router(openai_router(context, route_class))
     app.include_router(_own_router(context, route_class))
+    if recent_steps is not None:
+        app.include_router(debug_router(recent_steps))
     return app
 
 
@@ -129,6 +146,12 @@ def _own_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRout
             "num_waiting": len(waiting),
             "estimated_start_seconds": context.room.seconds_until_start(position),
         }
+
+    # Not in /openapi.json: a client of the API has no use for it, and its format isn't JSON.
+    @router.get("/metrics", include_in_schema=False)
+    async def metrics(request: Request) -> Response:
+        content, media_type = context.metrics.expose(request.headers.get("accept", ""))
+        return Response(content, headers={"Content-Type": media_type})
 
     @router.get("/version")
     async def version() -> Version:

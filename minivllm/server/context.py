@@ -12,6 +12,7 @@ from minivllm.request import DEFAULT_TERMS, EngineEvent, EngineInfo, EngineStats
 from minivllm.server.admission import WaitingRoom
 from minivllm.server.chat import ChatStyle
 from minivllm.server.grammar_check import GrammarChecker
+from minivllm.server.metrics import ServerMetrics
 from minivllm.server.rate_limit import TokenRateLimit
 from minivllm.tokenizer.tokenizer import Tokenizer
 
@@ -64,10 +65,13 @@ class ServerContext:
     chat_style: ChatStyle
     """How the model writes tool calls and reasoning."""
     grammars: GrammarChecker
+    metrics: ServerMetrics
     room: WaitingRoom
     rate_limit: TokenRateLimit | None
     max_tokens_per_request: int | None = None
     """Most tokens that all samples of one request may have together."""
+    keeps_prompts: bool = False
+    """Whether a request's record has its prompts."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix seconds, for ``/v1/models``."""
 

@@ -1,13 +1,14 @@
-"""What a request passes before it reaches a route, in this order: id, CORS, head, key, body, waiting room.
+"""What a request passes before it reaches a route: id, record, CORS, head, key, body, waiting room.
 
-The id comes first, so that every answer carries one. CORS comes before the key: a browser asks for leave
-before it sends the key, and must be able to read a 401. The body is read only from those who may send one,
-and only who has sent it all may wait.
+The id comes first, so that every answer carries one, and the record second, so that none is left out. CORS
+comes before the key: a browser asks for leave before it sends the key, and must be able to read a 401. The
+body is read only from those who may send one, and only who has sent it all may wait.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +20,7 @@ from minivllm.server.auth import ApiKeyMiddleware
 from minivllm.server.body import BodyLimitMiddleware
 from minivllm.server.keys import ApiKeys
 from minivllm.server.rate_limit import TokenRateLimit
+from minivllm.server.record import OnRequestEnd, RecordMiddleware
 from minivllm.server.refusal import refuse
 from minivllm.server.request_id import HEADER, RequestIdMiddleware
 
@@ -31,6 +33,7 @@ def guard(
     api_keys: ApiKeys | None,
     room: WaitingRoom,
     rate_limit: TokenRateLimit | None,
+    on_request_end: Sequence[OnRequestEnd],
 ) -> ASGIApp:
     """``app`` behind the checks that ``config`` asks for."""
     app = AdmissionMiddleware(FailureLogMiddleware(app), room, rate_limit)
@@ -47,7 +50,7 @@ def guard(
             allow_credentials=config.allow_credentials,
             expose_headers=[HEADER],
         )
-    return RequestIdMiddleware(app)
+    return RequestIdMiddleware(RecordMiddleware(app, on_request_end))
 
 
 class FailureLogMiddleware:

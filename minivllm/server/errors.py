@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from minivllm.errors import InvalidRequestError, MinivllmError
+from minivllm.server.record import record_of
 from minivllm.server.responses import ErrorEnvelope
 
 MAX_MESSAGE_CHARS = 1000
@@ -66,11 +67,12 @@ def add_error_handlers(app: FastAPI) -> None:
     """Make every error of ``app`` an envelope."""
 
     async def handle(request: Request, error: Exception) -> Response:
+        record_of(request.scope).note_error(error)
         return error_response(error)
 
     async def handle_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(_as_invalid_request(error.errors()))
+        return await handle(request, _as_invalid_request(error.errors()))
 
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -80,8 +82,9 @@ def add_error_handlers(app: FastAPI) -> None:
             message = f"unknown route {request.method} {path}"
         if error.status_code == 405:
             message = f"{path} does not take {request.method}"
-        content = envelope(InvalidRequestError(message))
-        return JSONResponse(content, status_code=error.status_code, headers=error.headers)
+        refusal = InvalidRequestError(message)
+        record_of(request.scope).note_error(refusal)
+        return JSONResponse(envelope(refusal), status_code=error.status_code, headers=error.headers)
 
     app.add_exception_handler(MinivllmError, handle)
     app.add_exception_handler(RequestValidationError, handle_validation)

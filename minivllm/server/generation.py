@@ -11,6 +11,7 @@ from minivllm.errors import InvalidRequestError, RequestFailedError
 from minivllm.request import CompletionOutput, FinishReason, SamplingParams, Terms, check_request
 from minivllm.server.admission import Ticket
 from minivllm.server.context import ServerContext
+from minivllm.server.record import RequestRecord
 from minivllm.server.streaming import run_all
 
 OnDelta = Callable[[int, CompletionDelta], Awaitable[None]]
@@ -70,15 +71,16 @@ async def run_samples(
     ticket: Ticket,
     terms: Terms,
     shown_token_ids: frozenset[int],
+    record: RequestRecord,
     on_delta: OnDelta | None = None,
 ) -> list[CompletionOutput]:
     """Run all samples at once; when one fails, or this is cancelled, the others are aborted.
 
     ``ticket`` is their request's, ``terms`` are what the engine is told of it; ``shown_token_ids`` are
-    special tokens that show their text all the same.
+    special tokens that show their text all the same; ``record`` gets the outputs as far as they come.
     """
     return await run_all(
-        _run_sample(context, sample, ticket, terms, shown_token_ids, on_delta) for sample in samples
+        _run_sample(context, sample, ticket, terms, shown_token_ids, record, on_delta) for sample in samples
     )
 
 
@@ -88,6 +90,7 @@ async def _run_sample(
     ticket: Ticket,
     terms: Terms,
     shown_token_ids: frozenset[int],
+    record: RequestRecord,
     on_delta: OnDelta | None,
 ) -> CompletionOutput:
     stream = CompletionStream(
@@ -97,16 +100,23 @@ async def _run_sample(
         sample.index,
         shown_token_ids=shown_token_ids,
     )
+    record.outputs[sample.index] = stream.output
     events = context.engine.generate(sample.request_id, sample.prompt_token_ids, sample.sampling, terms)
-    async with contextlib.aclosing(events):
-        async for event in events:
-            ticket.start()
-            ticket.num_used_tokens += len(event.new_token_ids)
-            if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-                raise RequestFailedError(event.error or "the engine ended the request before it was finished")
-            delta = stream.push(event)
-            if on_delta is not None:
-                await on_delta(sample.index, delta)
-            if stream.is_finished:
-                break
+    with context.metrics.following(
+        sample.request_id, len(sample.prompt_token_ids), sample.sampling.max_tokens, record.received_at
+    ) as sequence:
+        async with contextlib.aclosing(events):
+            async for event in events:
+                ticket.start()
+                ticket.num_used_tokens += len(event.new_token_ids)
+                if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+                    raise RequestFailedError(
+                        event.error or "the engine ended the request before it was finished"
+                    )
+                delta = stream.push(event)
+                if on_delta is not None:
+                    await on_delta(sample.index, delta)
+                if stream.is_finished:
+                    sequence.has_stop_string = stream.needs_abort
+                    break
     return stream.output

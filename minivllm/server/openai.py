@@ -26,10 +26,9 @@ from minivllm.server.generation import Sample, make_samples
 from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.openapi import event_stream
 from minivllm.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from minivllm.server.record import CLIENT_CLOSED_REQUEST, record_of
 from minivllm.server.responses import ChatChunk, ChatCompletion, Completion, Model, ModelList
 from minivllm.server.streaming import EventStream, run_until_disconnect
-
-CLIENT_CLOSED_REQUEST = 499  # nginx's number: nobody is left to read it but the access log
 
 
 def openai_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRouter:
@@ -92,12 +91,15 @@ async def _generate(
     ``prepare`` makes the prompts' token ids, and what they ask of the sampling parameters beside;
     ``check_grammar`` raises where answers can't follow the one that the parameters have then.
     """
+    record = record_of(request.scope)
+    record.model = (body.model or context.model_name)[:200]
+    record.is_streamed = bool(body.stream)
     context.check_ready()
     context.check_model(body.model)
     ticket: Ticket = request.state.ticket
     deadline = Deadline.of(body.timeout, request.headers)
     # Ours, never the client's X-Request-Id: the engine's ids must be unique.
-    answer_id = wording.id_prefix + request.state.unique_id
+    answer_id = record.answer_id = wording.id_prefix + request.state.unique_id
     given_id: str | None = request.state.given_id
     ticket.ids = frozenset((given_id or request.state.unique_id, answer_id))
     ticket.priority = body.priority
@@ -106,6 +108,12 @@ async def _generate(
         prompts, sampling = prepare(body.sampling_params())
         if body.truncate_prompt_tokens is not None:
             prompts = [prompt[-body.truncate_prompt_tokens :] for prompt in prompts]
+        record.prompt_lengths = [len(prompt) for prompt in prompts]
+        record.num_samples = sampling.n
+        if context.keeps_prompts:
+            record.prompts = [
+                context.tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts
+            ]
         return make_samples(context, answer_id, prompts, sampling, body.default_max_tokens), sampling.n
 
     try:
@@ -122,8 +130,9 @@ async def _generate(
     grammar = samples[0].sampling.grammar
     if grammar is not None:
         await check_grammar(context.grammars, grammar)
+    record.max_tokens = samples[0].sampling.max_tokens
     terms = Terms(body.priority, ticket.owner, deadline.seconds_left(), given_id)
-    answer = Answer(context, body, answer_id, wording, samples, samples_per_prompt, ticket, terms)
+    answer = Answer(context, body, answer_id, wording, samples, samples_per_prompt, record, ticket, terms)
     if body.stream:
         return EventStream(answer.stream)
     content = await run_until_disconnect(request.receive, answer.whole())

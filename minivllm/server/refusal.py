@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from minivllm.errors import MinivllmError
 from minivllm.server.errors import error_response
+from minivllm.server.record import record_of
 
 LINGER_SECONDS = 2.0
 """How long what a refused client is still sending is read, and dropped, before its connection closes."""
@@ -22,6 +23,7 @@ async def refuse(
 
     The connection closes after it, unless the request has no body.
     """
+    record_of(scope).note_error(error)
     response = error_response(error)
     response.headers.update(headers or {})
     if not _has_body(scope):

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from minivllm.errors import MinivllmError
 from minivllm.server.errors import envelope
+from minivllm.server.record import RequestRecord, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +76,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response as ASGI has it."""
-        await run_until_disconnect(receive, self._send_events(send))
+        await run_until_disconnect(receive, self._send_events(record_of(scope), send))
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, record: RequestRecord, send: Send) -> None:
         lock = asyncio.Lock()  # ASGI doesn't say that two tasks may send at once, and samples do
 
         async def send_data(data: str) -> None:
@@ -94,6 +95,7 @@ class EventStream(Response):
         except Exception as error:
             if not isinstance(error, MinivllmError):
                 logger.exception("a stream failed")
+            record.note_error(error)
             await emit(envelope(error))
         else:
             await send_data("[DONE]")

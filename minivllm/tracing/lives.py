@@ -50,7 +50,7 @@ class Life:
     stays: list[Stay]
     """In its order: one, and one more for each eviction."""
     num_recomputed_tokens: int = 0
-    """Tokens that went through the model again."""
+    """Tokens whose keys and values it had, lost in an eviction, and computed again."""
     num_output_tokens: int = 0
     first_token_time: float | None = None
     last_token_time: float = 0.0
@@ -61,10 +61,7 @@ class Life:
     slowest_prefill_tokens: int = 0
     """Tokens of others' prompts in that step."""
     ending: Ending | None = None
-    _computed: range = range(0)
-    """Positions that went through the model in this stay. Those before were in the prefix cache."""
-    _computed_before: set[int] = field(default_factory=set)
-    """Those of earlier stays."""
+    _num_computed: int = 0
 
     @property
     def request_id(self) -> str:
@@ -87,21 +84,8 @@ class Life:
 
     def compute(self, start: int, num_tokens: int) -> None:
         """So many tokens from that position on went through the model."""
-        positions = range(start, start + num_tokens)
-        if self._computed_before:
-            self.num_recomputed_tokens += len(self._computed_before.intersection(positions))
-        if not self._computed:
-            self._computed = positions
-        else:
-            self._computed = range(self._computed.start, positions.stop)
-
-    def evict(self, record: StepRecord) -> None:
-        """It lost its blocks in that step, and waits again."""
-        stay = self.stays[-1]
-        stay.evicted_time, stay.evicted_step = record.schedule_time, record.number
-        self.stays.append(Stay(record.schedule_time, num_running=record.num_running))
-        self._computed_before.update(self._computed)
-        self._computed = range(0)
+        self.num_recomputed_tokens += max(0, min(start + num_tokens, self._num_computed) - start)
+        self._num_computed = max(self._num_computed, start + num_tokens)
 
     def take_token(self, record: StepRecord) -> None:
         """It got one from that step."""
@@ -144,7 +128,9 @@ class Lives:
         for eviction in record.evicted:
             life = self._alive.get(eviction.request_id)
             if life is not None:  # else it ended while the step was being prepared
-                life.evict(record)
+                stay = life.stays[-1]
+                stay.evicted_time, stay.evicted_step = record.schedule_time, record.number
+                life.stays.append(Stay(record.schedule_time, num_running=record.num_running))
                 self._before[life.request_id] = dict(self._waited)
         for admission in record.admitted:
             life = self._alive.get(admission.request_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,11 +12,11 @@ from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
 from minivllm.engine.scheduler import ScheduledBatch
 from minivllm.request import EngineInfo
+from minivllm_bench.load import arrival_times
 from minivllm_bench.records import RequestRecord
 from minivllm_bench.simulator.clock import VirtualClock
 from minivllm_bench.simulator.runner import SimulatedRunner, StepCost
 from minivllm_bench.simulator.simulation import Simulation
-from minivllm_bench.simulator.traffic import Arrival, poisson
 from minivllm_bench.workloads import WORKLOADS, Session, Turn, fixed
 
 HOST, DEVICE = 0.002, 0.010
@@ -44,8 +45,13 @@ def make_engine(
     return engine, clock, steps
 
 
-def one_session(*turns: tuple[int, int], at: float = 0.0) -> Arrival:
-    return Arrival(at, Session(tuple(Turn(*turn) for turn in turns)))
+def one_session(*turns: tuple[int, int], at: float = 0.0) -> tuple[float, Session]:
+    return at, Session(tuple(Turn(*turn) for turn in turns))
+
+
+def poisson(workload: str, rate: float, seed: int) -> Iterator[tuple[float, Session]]:
+    rng = random.Random(seed)
+    return zip(arrival_times(rate, 1.0, rng), WORKLOADS[workload](rng), strict=False)
 
 
 @pytest.mark.parametrize(("runs_ahead", "seconds"), [(False, 8 * (HOST + DEVICE)), (True, HOST + 8 * DEVICE)])
@@ -97,10 +103,9 @@ def test_every_token_is_made_whatever_the_mode(kv_allocation: str, scheduler: st
     engine, clock, _ = make_engine(
         runs_ahead=runs_ahead, num_blocks=300, kv_allocation=kv_allocation, scheduler=scheduler
     )
-    rng = random.Random(7)
-    arrivals = list(itertools.islice(poisson(WORKLOADS["sharegpt"](rng), 50.0, rng), 60))
+    arrivals = list(itertools.islice(poisson("sharegpt", 50.0, seed=7), 60))
     records = Simulation(engine, clock, arrivals=arrivals).run()
-    wanted = [arrival.session.turns[0] for arrival in arrivals]
+    wanted = [session.turns[0] for _, session in arrivals]
     assert [record.output_tokens for record in records] == [turn.output_tokens for turn in wanted]
     assert all(record.is_complete for record in records)
     assert all(record.chunk_times == sorted(record.chunk_times) for record in records)
@@ -121,8 +126,7 @@ def test_a_request_that_can_never_fit_fails_and_the_session_goes_on() -> None:
 def test_the_same_seed_gives_the_same_run() -> None:
     def run(seed: int) -> list[RequestRecord]:
         engine, clock, _ = make_engine()
-        rng = random.Random(seed)
-        return Simulation(engine, clock, arrivals=poisson(WORKLOADS["chat"](rng), 3.0, rng)).run(20.0)
+        return Simulation(engine, clock, arrivals=poisson("chat", 3.0, seed)).run(20.0)
 
     assert run(1) == run(1)
     assert run(1) != run(2)

@@ -204,7 +204,7 @@ def _stop_everything(endured: Endured, findings: Findings) -> None:
 
 
 def run(*, seed: int, quick: bool) -> Findings:
-    """20 kills, of which 4 hit the next engine, too, while it starts, 5 hangs; quick: 2 kills, 8 clients."""
+    """20 kills, 4 of which hit the next engine, too, while it starts, and 5 hangs; quick: 2 kills."""
     findings = Findings()
     kinds = ["killed"] * 16 + ["killed twice"] * 4 + ["stopped"] * 5
     if quick:

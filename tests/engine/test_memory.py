@@ -47,9 +47,9 @@ class Machine:
 
     graphs = 0
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: str, free: int, total: int) -> None:
+    def __init__(self, device: str, free: int, total: int) -> None:
         self.device = torch.device(device)
-        monkeypatch.setattr(memory, "device_memory", lambda device: (free, total))
+        self.memory = free, total
 
     def plan(self, config: EngineConfig) -> MemoryLedger:
         return plan_memory(
@@ -61,6 +61,7 @@ class Machine:
             workspace_for=partial(estimate_workspace, MODEL, torch.float32, config.max_num_seqs),
             graphs=self.graphs,
             max_num_batched_tokens=config.max_num_batched_tokens or 64,
+            memory=self.memory,
         )
 
 
@@ -116,7 +117,7 @@ def test_a_plan_fits_or_says_what_would(
         gpu_memory_utilization=utilization,
     )
     with pytest.MonkeyPatch.context() as patch:
-        machine = Machine(patch, device, free, total)
+        machine = Machine(device, free, total)
         patch.setattr(memory, "_DEFAULT_CPU_KV_MEMORY", default_blocks * BLOCK)
         try:
             ledger = machine.plan(config)
@@ -147,13 +148,13 @@ def test_a_plan_fits_or_says_what_would(
             assert kv_bytes <= default_blocks * BLOCK
 
 
-def test_cpu_default_is_a_gibibyte(monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = Machine(monkeypatch, "cpu", 2**34, 2**35).plan(EngineConfig())
+def test_cpu_default_is_a_gibibyte() -> None:
+    ledger = Machine("cpu", 2**34, 2**35).plan(EngineConfig())
     assert ledger.num_blocks == 2**30 // BLOCK
 
 
-def test_errors_name_the_flag_and_the_given_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, "cpu", 2**30, 2**31)
+def test_errors_name_the_flag_and_the_given_value() -> None:
+    machine = Machine("cpu", 2**30, 2**31)
     with pytest.raises(ConfigError, match=r"--max-model-len must be at most 2048.*got 2049"):
         machine.plan(EngineConfig(max_model_len=2049))
     with pytest.raises(OutOfMemoryError, match=r"^--kv-cache-memory 2000000000 \(1\.86 GiB\) doesn't fit"):
@@ -166,9 +167,9 @@ def test_errors_name_the_flag_and_the_given_value(monkeypatch: pytest.MonkeyPatc
     assert advice_in(caught.value.message) == [{"kv_cache_memory": BLOCK}]
 
 
-def test_advice_is_the_best_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advice_is_the_best_that_fits() -> None:
     """One token, block or token of a step more than advised doesn't fit."""
-    machine = Machine(monkeypatch, "cpu", 2_000_000, 2**31)
+    machine = Machine("cpu", 2_000_000, 2**31)
     config = EngineConfig(max_model_len=2000, max_num_batched_tokens=80)
     with pytest.raises(OutOfMemoryError) as caught:
         machine.plan(config)
@@ -182,8 +183,8 @@ def test_advice_is_the_best_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
             machine.plan(dataclasses.replace(config, **{name: value + 1}))
 
 
-def test_a_fuller_gpu_is_advised_a_larger_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, "cuda", 60 * 10**6, 100 * 10**6)
+def test_a_fuller_gpu_is_advised_a_larger_share() -> None:
+    machine = Machine("cuda", 60 * 10**6, 100 * 10**6)
     config = EngineConfig(gpu_memory_utilization=0.41, max_model_len=512)
     with pytest.raises(OutOfMemoryError, match=r"^cuda has 976\.56 KiB left beside") as caught:
         machine.plan(config)

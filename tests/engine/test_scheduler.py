@@ -7,6 +7,7 @@ anything but the request's own prefix. Every test runs both block managers under
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,14 @@ from minivllm.engine.engine import Engine
 from minivllm.engine.runner import PendingTokens
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
 from minivllm.errors import InvalidRequestError
-from minivllm.request import PENDING_TOKEN, EngineEvent, EngineInfo, FinishReason, Request, SamplingParams
+from minivllm.request import (
+    PENDING_TOKEN,
+    EngineEvent,
+    EngineInfo,
+    FinishReason,
+    Request,
+    SamplingParams,
+)
 
 S = 16  # slots in a block
 VOCAB_SIZE = 10
@@ -258,11 +266,13 @@ class Driver:
         num_free = manager.num_free_blocks
         num_steps, self.runner.last_batch = self.runner.num_steps, []
         now_running: list[Request] = []
+        waits_for: list[str | None] = []
         schedule = scheduler.schedule
 
         def spy() -> ScheduledBatch:
             batch = schedule()
             now_running.extend(scheduler.running)
+            waits_for.append(batch.waits_for)
             self.check_schedule(batch)
             return batch
 
@@ -274,6 +284,7 @@ class Driver:
         self.engine.check_integrity()
 
         assert self.runner.num_steps == num_steps + bool(running or waiting), "a step did nothing"
+        assert [self.engine.stats().waits_for] == waits_for
         # Evicted: the last ones of those that ran. Admitted: from the head of the queue, where the
         # evicted are now. (One may come back at once, if it finds its prefix in another's blocks.)
         evicted = [r for r in running if r.metrics.num_preemptions > preemptions[r]]
@@ -313,6 +324,15 @@ class Driver:
         assert len(set(requests)) == len(requests)
         assert set(requests) <= set(scheduler.running)
         assert len(scheduler.running) <= self.setup.most_running
+        # Whoever still waits is told what for.
+        if not scheduler.waiting:
+            assert batch.waits_for is None
+        elif len(scheduler.running) == self.setup.most_running:
+            assert batch.waits_for in ("max_num_seqs", "num_parallel")
+        elif batch.num_tokens == self.setup.budget:
+            assert batch.waits_for == "max_num_batched_tokens"
+        else:
+            assert batch.waits_for == "blocks"
         # First come, first served, evictions included: nobody runs before an older one that waits.
         order = [self.rank[r.request_id] for r in [*scheduler.running, *scheduler.waiting]]
         assert order == sorted(order)
@@ -322,14 +342,16 @@ class Driver:
         assert job.reason is None, "an event after the last one"
         job.token_ids += event_.new_token_ids
         job.reason, job.error = event_.finish_reason, event_.error
-        assert (event_.metrics is None) == (event_.finish_reason is None)
+        brings_first_token = bool(event_.new_token_ids) and len(job.token_ids) == 1
+        assert (event_.metrics is not None) == (brings_first_token or event_.finish_reason is not None)
         if event_.metrics is not None:
             metrics = event_.metrics
-            assert 0 < metrics.arrival_time <= metrics.finished_time
+            assert metrics.arrival_time > 0
             if job.token_ids:
                 times = (metrics.arrival_time, metrics.first_scheduled_time, metrics.first_token_time)
                 assert list(times) == sorted(times)
-                assert metrics.first_token_time <= metrics.finished_time
+            if event_.finish_reason is not None:
+                assert metrics.finished_time >= max(metrics.arrival_time, metrics.first_token_time)
 
     def check_answers(self) -> None:
         for job in self.jobs:
@@ -598,6 +620,17 @@ def test_first_admission_is_what_the_metrics_keep() -> None:
         events += engine.step()
     cached = [event_.metrics.num_cached_tokens for event_ in events if event_.metrics]
     assert cached == [0, 32]
+
+
+def test_the_tokens_of_each_step_are_counted() -> None:
+    setup = Setup("paged", "continuous", 8, max_model_len=64, budget=16)
+    engine = setup.engine(FakeRunner())
+    engine.add("a", [3] * 40, SamplingParams(max_tokens=4, ignore_eos=True))
+    counts = [0]
+    while engine.has_work:
+        engine.step()
+        counts.append(engine.stats().num_step_tokens)
+    assert [after - before for before, after in itertools.pairwise(counts)] == [16, 16, 8, 1, 1, 1]
 
 
 def test_requests_of_one_step_share_the_blocks_that_it_computes() -> None:

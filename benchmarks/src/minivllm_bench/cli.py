@@ -7,6 +7,7 @@ import importlib
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("minivllm_bench.serve", "put a load on a server, and measure what its users see"),
+    "compare": ("minivllm_bench.compare", "this engine's modes, and peers, in one report"),
     "memory": ("minivllm_bench.memory", "how much of the KV memory holds tokens, for each allocation"),
 }
 

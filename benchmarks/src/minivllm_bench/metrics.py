@@ -70,7 +70,7 @@ def summarise(records: Sequence[RequestRecord], seconds: float, goals: Goals | N
     complete = [record for record in records if record.is_complete]
     failed = [record for record in records if record.error is not None]
     alive = [record for record in records if record.error is None]
-    output = math.fsum(_output_tokens_until(record, seconds) for record in records)
+    output = math.fsum(output_tokens_until(record, seconds) for record in records)
     prompts = sum(record.prompt_tokens for record in alive if _is_before(record.first_token, seconds))
     in_time = [record for record in complete if _is_before(record.finished, seconds)]
     return {
@@ -104,7 +104,7 @@ def _is_before(time: float | None, end: float) -> bool:
     return time is not None and time <= end
 
 
-def _output_tokens_until(record: RequestRecord, seconds: float) -> float:
+def output_tokens_until(record: RequestRecord, seconds: float) -> float:
     """Tokens that had arrived by then; where chunks have several, each counts for its share."""
     if not record.chunk_times:
         return 0.0

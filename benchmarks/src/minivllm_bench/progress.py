@@ -25,7 +25,7 @@ async def show_progress(records: Sequence[RequestRecord], load: Load) -> AsyncIt
     counts_requests = load.num_requests is not None
     total = load.num_requests if counts_requests else load.duration
     layout = None if counts_requests else "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
-    with tqdm(total=total, unit="request", bar_format=layout, disable=None) as bar:
+    with tqdm(total=total, unit=" requests", bar_format=layout, disable=None) as bar:
         if bar.disable:
             yield
             return

@@ -73,6 +73,23 @@ def sharegpt_like(*, mean_prompt: float, mean_output: float, longest: int) -> Wo
     return sessions
 
 
+def memoryless(mean_prompt: int, mean_output: int, longest: int) -> Workload:
+    """One-turn chats whose answers are as likely to end at one token as at any other.
+
+    So many users then end answers, and send prompts, at the same rate at any time, also right after they have
+    all begun at once. Answers are exponentially distributed and cut off at ``longest``; prompts are uniform
+    from half to one and a half times their mean.
+    """
+
+    def sessions(rng: random.Random) -> Sessions:
+        while True:
+            prompt = rng.randint(mean_prompt // 2, mean_prompt * 3 // 2)
+            output = min(longest, 2 + int(rng.expovariate(1 / (mean_output - 2))))
+            yield Session((Turn(prompt, output),))
+
+    return sessions
+
+
 def growing_chat(sessions_turns: tuple[int, int] = (2, 8)) -> Workload:
     """A chat whose history grows: each turn sends all that was said before."""
 
@@ -110,6 +127,7 @@ WORKLOADS: dict[str, Workload] = {
     "short-short": fixed(32, 32),
     "long-short": fixed(1000, 50),
     "long-long": fixed(1000, 500),
+    "memoryless": memoryless(64, 192, 768),
     "chat": growing_chat(),
     "shared-prefix": shared_prefix(),
     "agent": agent(),

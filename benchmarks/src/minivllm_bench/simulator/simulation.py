@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import math
@@ -10,12 +11,13 @@ from dataclasses import dataclass, field
 
 from minivllm.engine.engine import Engine
 from minivllm.errors import InvalidRequestError
-from minivllm.request import EngineEvent, SamplingParams
+from minivllm.request import EngineEvent, EngineStats, SamplingParams
 from minivllm_bench.records import RequestRecord
 from minivllm_bench.simulator.clock import VirtualClock
 from minivllm_bench.simulator.runner import TOKEN_ID
-from minivllm_bench.simulator.traffic import Arrival
 from minivllm_bench.workloads import Session, Sessions
+
+STATS_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -49,7 +51,7 @@ class Simulation:
         clock: of the engine and of its runner.
         users: sessions in a closed loop: so many at all times.
         sessions: what users do, in the order in which they come to it.
-        arrivals: sessions in an open loop, by time.
+        arrivals: when sessions of an open loop begin, in seconds since the run began, and those sessions.
     """
 
     def __init__(
@@ -59,15 +61,17 @@ class Simulation:
         *,
         users: int = 0,
         sessions: Sessions | None = None,
-        arrivals: Iterable[Arrival] = (),
+        arrivals: Iterable[tuple[float, Session]] = (),
     ) -> None:
         self.records: list[RequestRecord] = []
         """Of every request that was sent, in order of sending."""
+        self.stats: list[tuple[float, EngineStats]] = []
+        """The engine's, every half second: seconds since the run began, and what it said then."""
         self._engine = engine
         self._clock = clock
         self._start = clock.now
         self._sessions = sessions or iter(())
-        self._arrivals: Iterator[Arrival] = iter(arrivals)
+        self._arrivals: Iterator[tuple[float, Session]] = iter(arrivals)
         self._numbers = itertools.count()
         self._waiting: list[tuple[float, int, _Chat]] = []  # a heap: when the next turn is sent
         self._records: dict[str, tuple[RequestRecord, _Chat]] = {}  # of requests that run
@@ -81,10 +85,26 @@ class Simulation:
         return self._clock.now - self._start
 
     def run(self, seconds: float = math.inf) -> list[RequestRecord]:
-        """Until nothing is left, or so much time has passed; what hasn't ended then stays unfinished."""
+        """Until nothing is left, or so much time has passed; what hasn't ended then stays unfinished.
+
+        Python's garbage collector rests meanwhile: there are no cycles here to find, and it would look at
+        every list of times again and again.
+        """
+        is_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            self._run(seconds)
+        finally:
+            if is_enabled:
+                gc.enable()
+        return self.records
+
+    def _run(self, seconds: float) -> None:
         end = self._start + seconds
         engine, clock, waiting = self._engine, self._clock, self._waiting
         while clock.now < end:
+            if clock.now >= self._start + len(self.stats) * STATS_SECONDS:
+                self.stats.append((self.seconds, engine.stats()))
             while waiting and waiting[0][0] <= clock.now:
                 sent, _, chat = heapq.heappop(waiting)
                 self._send(chat, sent)
@@ -94,14 +114,13 @@ class Simulation:
                 clock.advance_to(min(waiting[0][0], end))
             else:
                 break
-        return self.records
 
     def _begin_next_arrival(self) -> None:
         """At most one arrival waits: whoever makes them may do so without end."""
         arrival = next(self._arrivals, None)
         if arrival is not None:
-            chat = _Chat(next(self._numbers), arrival.session, is_users=False)
-            self._send_at(chat, self._start + arrival.time)
+            time, session = arrival
+            self._send_at(_Chat(next(self._numbers), session, is_users=False), self._start + time)
 
     def _begin_users_session(self) -> None:
         session = next(self._sessions, None)
@@ -119,7 +138,12 @@ class Simulation:
         request_id = f"{chat.number}.{chat.turn}"
         output_tokens = chat.session.turns[chat.turn].output_tokens
         self.records.append(record)
+        longest = self._engine.info.max_model_len
         try:
+            if record.prompt_tokens + output_tokens > longest:
+                raise InvalidRequestError(
+                    f"{record.prompt_tokens + output_tokens} tokens are more than --max-model-len {longest}"
+                )
             self._engine.add(
                 request_id, list(prompt), SamplingParams(max_tokens=output_tokens, ignore_eos=True)
             )
@@ -134,7 +158,8 @@ class Simulation:
         now, records = self._clock.now - self._start, self._records
         for event in events:
             record, chat = records[event.request_id]
-            record.chunk_times.append(now)
+            if event.new_token_ids:
+                record.chunk_times.append(now)
             if event.finish_reason is not None:
                 del records[event.request_id]
                 record.output_tokens = len(record.chunk_times)
