@@ -80,7 +80,7 @@ async def _gathered(port: int, crowd: Crowd) -> AsyncIterator[list[socket.socket
             readers.append(await connect())
             await loop.sock_sendall(readers[-1], head + content)
         await asyncio.sleep(0.5)
-        await until_idle(port, seconds=300)  # their tokens are computed: from here on they are slow, and that is all
+        await until_idle(port, seconds=300)  # with their tokens: from here on they are slow, and no more
         tasks += [asyncio.create_task(sip(connection)) for connection in readers]
         yield readers
     finally:
