@@ -300,7 +300,7 @@ class EngineEvent:
     metrics: RequestMetrics | None = None
     """In a request's last event; so far as they are known, in that of its first token, too."""
     prompt_logprobs: list[TokenLogprob] | None = None
-    """In a request's first event, where it asked for them: one for each token of its prompt but the first."""
+    """With its first token, where it asked for them: one for each token of its prompt but the first."""
 
 
 @dataclass(slots=True)

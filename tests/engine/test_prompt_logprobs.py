@@ -23,7 +23,10 @@ def run(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> l
         engine.add(str(index), prompt, sampling)
     while engine.has_work:
         for event in engine.step():
-            events[event.request_id].append(event)
+            if event.new_token_ids:  # others tell that a long prompt was begun
+                events[event.request_id].append(event)
+            else:
+                assert event.prompt_logprobs is None
         engine.check_integrity()
     return list(events.values())
 

@@ -101,6 +101,7 @@ class FakeEngine:
         try:
             tokens = self._answer(sampling)
             prompt = self._tokenizer.decode(prompt_token_ids)
+            yield EngineEvent(request_id, [])  # as of a long prompt, which takes several steps
             for place, token in enumerate(tokens):
                 await asyncio.sleep(0)
                 if place == 1:
