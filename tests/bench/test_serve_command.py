@@ -232,6 +232,8 @@ def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Tests that run in a shell's background ignore it, and a child inherits that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         try:
             assert server.hangs.wait(60)
