@@ -11,6 +11,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -217,12 +218,12 @@ class Engine:
             wait_for_any(self._compiling.values(), timeout=0.005)
         events = []
         for request in [request for request, grammar in self._compiling.items() if grammar.is_ready]:
-            error = self._compiling.pop(request).error
-            self._queue(request)
+            error = self._compiling[request].error
             if error is not None:
-                events.append(self.scheduler.refuse(request, error))
-                if self._recorder is not None:
-                    self._recorder.ended(events[-1])
+                events.append(self._withdraw(request, partial(self.scheduler.refuse, error=error)))
+            else:
+                del self._compiling[request]
+                self._queue(request)
         return events
 
     def _drop_late(self) -> list[EngineEvent]:
