@@ -107,11 +107,6 @@ class Words:
         return Prompt(text, token_ids)
 
 
-def without_folders(command: list[str]) -> list[str]:
-    """A command as results show it: where programs and models lie says nothing to others."""
-    return [Path(part).name if part.startswith("/") else part for part in command]
-
-
 def measure(contender: Contender, workload: Workload, turns: list[list[Prompt]]) -> dict[str, Any]:
     """One turn of one contender: its rate, in tokens per second, and what it was made of."""
     seconds, prompt_tokens = _timed(contender, turns[0], workload.output_tokens)
@@ -263,12 +258,12 @@ def main() -> None:
             raise SystemExit("no contender could be started")
         report: dict[str, Any] = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(without_folders([sys.executable, *sys.argv])),
+            "command": shlex.join(machine.without_folders([sys.executable, *sys.argv])),
             "machine": machine.describe(),
             "busy processes": busy,
             "model": model.name,
             "contenders": {
-                n: {"version": c.version, "command": without_folders(c.command)}
+                n: {"version": c.version, "command": machine.without_folders(c.command)}
                 for n, c in contenders.items()
             },
             "left out": left_out,

@@ -162,7 +162,11 @@ def _parse(argv: list[str]) -> CompareConfig:
 
 def _new(config: CompareConfig, argv: list[str], models: dict[str, str]) -> Comparison:
     contenders = [
-        _contender(name, MODES[name].label, ["minivllm", "serve", *config.server_flags(name)])
+        _contender(
+            name,
+            MODES[name].label,
+            machine.without_folders(["minivllm", "serve", *config.server_flags(name)]),
+        )
         for name in config.mode_names
     ]
     for name, url in config.peers.items():
@@ -170,10 +174,10 @@ def _new(config: CompareConfig, argv: list[str], models: dict[str, str]) -> Comp
     root = Path(minivllm.__file__).parent
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["minivllm", "bench", "compare", *argv]),
+        "command": shlex.join(machine.without_folders(["minivllm", "bench", "compare", *argv])),
         "version": f"{minivllm.__version__}, commit {machine.revision(root)}",
         "model": config.model or "",
-        "settings": asdict(config),
+        "settings": {**asdict(config), "output": Path(config.output).name},
         "machine": machine.describe(),
         "busy_processes": machine.warn_if_busy(),
         "seconds": None,

@@ -44,6 +44,11 @@ def revision(folder: Path) -> str:
         return "unknown"
 
 
+def without_folders(command: list[str]) -> list[str]:
+    """A command as results show it: where programs and models lie says nothing to others."""
+    return [Path(part).name if part.startswith("/") else part for part in command]
+
+
 def busy_processes(seconds: float = 2.0) -> dict[str, float]:
     """Cores' worth of time that each other process takes while this one sleeps; those above 0.03."""
     before, start = _cpu_seconds(), time.monotonic()
