@@ -34,19 +34,13 @@ void paged_attention(const float* q, int64_t q_stride, const void* k_cache, cons
                      int64_t head_dim, float scale, int64_t window, float softcap, float* out,
                      int64_t out_stride);
 
-// layer.cpp: the two halves of a decoder layer, each several of the functions above in a row. o is
-// [o_rows, heads * head_dim], gate_up [2 * size, columns], down [down_rows, size].
-void attention_layer(const float* x, const float* residual, const float* norm_weight, float eps, float* sum,
-                     const uint8_t* qkv, int64_t qkv_bits, int64_t qkv_rows, int64_t columns,
-                     const float* qkv_bias, const float* cos, const float* sin, void* k_cache, void* v_cache,
-                     int64_t kv_type, const int64_t* slots, const int32_t* tables, int64_t table_stride,
-                     const int32_t* seq_lens, const int32_t* query_start, int64_t num_seqs, int64_t kv_heads,
-                     int64_t head_dim, float scale, int64_t window, const uint8_t* o, int64_t o_bits,
-                     int64_t o_rows, int64_t o_columns, const float* o_bias, float* out, int64_t tokens);
-void mlp_layer(const float* x, const float* residual, const float* norm_weight, float eps, float* sum,
-               const uint8_t* gate_up, int64_t gate_up_bits, int64_t gate_up_rows, int64_t columns,
-               const float* gate_up_bias, const uint8_t* down, int64_t down_bits, int64_t down_rows,
-               int64_t size, const float* down_bias, float* out, int64_t tokens);
+// layers.cpp: all decoder layers of a step; `table` has num_layers of its `Layer`. x [tokens, size] is the
+// first one's input, and the residual afterwards; out is the last one's output.
+void decoder_layers(const void* table, int64_t num_layers, float* x, float* out, int64_t tokens, int64_t size,
+                    int64_t inner_size, int64_t heads, int64_t kv_heads, int64_t head_dim, float eps,
+                    const float* cos, const float* sin, int64_t kv_type, const int64_t* slots,
+                    const int32_t* tables, int64_t table_stride, const int32_t* seq_lens,
+                    const int32_t* query_start, int64_t num_seqs, float scale, int64_t window);
 
 // sampling.cpp: `temperature` (and then `keys`, two for each row) may be null for greedy choices.
 void draw(const float* scores, int64_t row_stride, const float* temperature, const int32_t* keys, int64_t* tokens,

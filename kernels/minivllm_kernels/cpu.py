@@ -10,12 +10,15 @@ fixed order, so that its result is the same to the bit alone or in any batch.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch  # before the extension, whose OpenMP calls then end up in torch's runtime
 import torch.nn.functional as F
 
-from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, Weight, check_paged_attention
+from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, check_paged_attention
+from minivllm_kernels.layers import LayerCache, LayerWeights, Weight
 from minivllm_kernels.packed import PackedWeight
 
 try:
@@ -52,8 +55,7 @@ class CppBackend(KernelBackend):
         self._silu_and_mul = function("silu_and_mul")
         self._rope_and_write_kv = function("rope_and_write_kv")
         self._paged_attention = function("paged_attention")
-        self._attention_layer = function("attention_layer")
-        self._mlp_layer = function("mlp_layer")
+        self._decoder_layers = function("decoder_layers")
         self._draw = function("draw")
         self._keep_likely = function("keep_likely")
         self._peak_int8 = function("peak_int8")
@@ -223,45 +225,35 @@ class CppBackend(KernelBackend):
             out_stride,
         )
 
-    def attention_layer(
+    def decoder_layers(
         self,
         x_TN: torch.Tensor,
-        residual_TN: torch.Tensor | None,
-        norm_weight_N: torch.Tensor,
-        eps: float,
-        qkv: Weight,
-        qkv_bias: torch.Tensor | None,
-        o: Weight,
-        o_bias: torch.Tensor | None,
+        layers: Sequence[LayerWeights],
+        caches: Sequence[LayerCache],
         cos_TD: torch.Tensor,
         sin_TD: torch.Tensor,
-        k_cache_PKSD: torch.Tensor,
-        v_cache_PKSD: torch.Tensor,
         slots_T: torch.Tensor,
         block_tables_BM: torch.Tensor,
         seq_lens_B: torch.Tensor,
         query_start_B1: torch.Tensor,
         *,
+        eps: float,
         scale: float,
         sliding_window: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not isinstance(qkv, PackedWeight) or not isinstance(o, PackedWeight):
-            return super().attention_layer(
-                x_TN, residual_TN, norm_weight_N, eps, qkv, qkv_bias, o, o_bias, cos_TD, sin_TD,
-                k_cache_PKSD, v_cache_PKSD, slots_T, block_tables_BM, seq_lens_B, query_start_B1,
-                scale=scale, sliding_window=sliding_window,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not layers or not all(layer.is_packed for layer in layers):
+            return super().decoder_layers(
+                x_TN, layers, caches, cos_TD, sin_TD, slots_T, block_tables_BM, seq_lens_B, query_start_B1,
+                eps=eps, scale=scale, sliding_window=sliding_window,
             )  # fmt: skip
-        x_TN = _rows("x_TN", x_TN, qkv.columns)
-        num_tokens, (num_kv_heads, block_size, head_dim) = x_TN.shape[0], k_cache_PKSD.shape[1:]
-        kv_size, num_seqs = num_kv_heads * head_dim, seq_lens_B.shape[0]
-        # Every layer of every step comes by here: one expression.
+        num_kv_heads, block_size, head_dim = caches[0].k_PKSD.shape[1:]
+        hidden_size, num_heads = x_TN.shape[1], layers[0].o.shape[1] // head_dim
+        num_tokens, num_seqs = x_TN.shape[0], seq_lens_B.shape[0]
+        x_TN = _rows("x_TN", x_TN, hidden_size)
         if not (
-            qkv.rows == o.columns + 2 * kv_size
-            and o.columns % kv_size == 0
-            and block_size == BLOCK_SIZE
+            block_size == BLOCK_SIZE
             and head_dim <= _MAX_HEAD_DIM
-            and v_cache_PKSD.shape == k_cache_PKSD.shape
-            and v_cache_PKSD.dtype == k_cache_PKSD.dtype
+            and num_heads % num_kv_heads == 0
             and cos_TD.shape == sin_TD.shape == (num_tokens, head_dim)
             and slots_T.shape == (num_tokens,)
             and block_tables_BM.shape[:-1] == (num_seqs,)
@@ -269,76 +261,45 @@ class CppBackend(KernelBackend):
             and block_tables_BM.dtype == seq_lens_B.dtype == query_start_B1.dtype == torch.int32
         ):
             raise ValueError(
-                f"attention_layer: qkv {qkv.rows} x {qkv.columns}, o {o.rows} x {o.columns}, caches "
-                f"{tuple(k_cache_PKSD.shape)} and {tuple(v_cache_PKSD.shape)}, {num_tokens} tokens of "
-                f"{num_seqs} sequences, or int32 tables, don't fit together"
+                f"decoder_layers: {num_tokens} tokens of {num_seqs} sequences, caches "
+                f"{tuple(caches[0].k_PKSD.shape)}, or int32 tables, don't fit together"
             )
-        residual = _residual(x_TN, residual_TN)
-        out_TN = torch.empty(num_tokens, o.rows)
-        self._attention_layer(
+        inner_size = layers[0].down.shape[1]
+        shapes = {
+            "qkv": ((num_heads + 2 * num_kv_heads) * head_dim, hidden_size),
+            "o": (hidden_size, num_heads * head_dim),
+            "gate_up": (2 * inner_size, hidden_size),
+            "down": (hidden_size, inner_size),
+        }
+        table = array("q")
+        for layer, cache in zip(layers, caches, strict=True):
+            table.extend(_layer_row(layer, cache, shapes, caches[0].k_PKSD))
+        out_TN = torch.empty_like(x_TN)
+        self._decoder_layers(
+            table.buffer_info()[0],
+            len(layers),
             x_TN.data_ptr(),
-            residual,
-            _address(norm_weight_N, qkv.columns),
+            out_TN.data_ptr(),
+            num_tokens,
+            hidden_size,
+            inner_size,
+            num_heads,
+            num_kv_heads,
+            head_dim,
             eps,
-            residual,
-            *qkv.arguments,
-            _address(qkv_bias, qkv.rows),
             cos_TD.data_ptr(),
             sin_TD.data_ptr(),
-            k_cache_PKSD.data_ptr(),
-            v_cache_PKSD.data_ptr(),
-            _kv_type(k_cache_PKSD),
+            _kv_type(caches[0].k_PKSD),
             slots_T.data_ptr(),
             block_tables_BM.data_ptr(),
             block_tables_BM.stride(0),
             seq_lens_B.data_ptr(),
             query_start_B1.data_ptr(),
             num_seqs,
-            num_kv_heads,
-            head_dim,
             scale,
             _NO_WINDOW if sliding_window is None else min(sliding_window, _NO_WINDOW),
-            *o.arguments,
-            _address(o_bias, o.rows),
-            out_TN.data_ptr(),
-            num_tokens,
         )
-        return out_TN, x_TN if residual_TN is None else residual_TN
-
-    def mlp_layer(
-        self,
-        x_TN: torch.Tensor,
-        residual_TN: torch.Tensor | None,
-        norm_weight_N: torch.Tensor,
-        eps: float,
-        gate_up: Weight,
-        gate_up_bias: torch.Tensor | None,
-        down: Weight,
-        down_bias: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not isinstance(gate_up, PackedWeight) or not isinstance(down, PackedWeight):
-            return super().mlp_layer(
-                x_TN, residual_TN, norm_weight_N, eps, gate_up, gate_up_bias, down, down_bias
-            )
-        if gate_up.rows != 2 * down.columns:
-            raise ValueError(f"gate_up must have {2 * down.columns} rows for down, got {gate_up.rows}")
-        x_TN = _rows("x_TN", x_TN, gate_up.columns)
-        residual = _residual(x_TN, residual_TN)
-        out_TN = torch.empty(x_TN.shape[0], down.rows)
-        self._mlp_layer(
-            x_TN.data_ptr(),
-            residual,
-            _address(norm_weight_N, gate_up.columns),
-            eps,
-            residual,
-            *gate_up.arguments,
-            _address(gate_up_bias, gate_up.rows),
-            *down.arguments,
-            _address(down_bias, down.rows),
-            out_TN.data_ptr(),
-            x_TN.shape[0],
-        )
-        return out_TN, x_TN if residual_TN is None else residual_TN
+        return out_TN, x_TN
 
     def keep_likely(
         self,
@@ -438,6 +399,33 @@ def _residual(x_TN: torch.Tensor, residual_TN: torch.Tensor | None) -> int:
             f"got {residual_TN.dtype} {tuple(residual_TN.shape)}"
         )
     return residual_TN.data_ptr()
+
+
+def _layer_row(
+    layer: LayerWeights, cache: LayerCache, shapes: dict[str, tuple[int, int]], first_k_PKSD: torch.Tensor
+) -> list[int]:
+    """One ``Layer`` of ``layers.cpp``. Raises ValueError unless all has the shapes of the first layer."""
+    hidden_size = shapes["qkv"][1]
+    row = [_address(layer.attention_norm_N, hidden_size), _address(layer.mlp_norm_N, hidden_size)]
+    for name, bias in (
+        ("qkv", layer.qkv_bias),
+        ("o", layer.o_bias),
+        ("gate_up", layer.gate_up_bias),
+        ("down", layer.down_bias),
+    ):
+        weight: PackedWeight = getattr(layer, name)
+        if weight.shape != shapes[name]:
+            raise ValueError(f"decoder_layers: {name} must be {shapes[name]}, got {weight.shape}")
+        blocks, bits, rows, _ = weight.arguments
+        row += blocks, bits, _address(bias, rows)
+    for tensor in (cache.k_PKSD, cache.v_PKSD):
+        if tensor.shape != first_k_PKSD.shape or tensor.dtype != first_k_PKSD.dtype:
+            raise ValueError(
+                f"decoder_layers: caches must be {first_k_PKSD.dtype} {tuple(first_k_PKSD.shape)}, "
+                f"as the first, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        row.append(tensor.data_ptr())
+    return row
 
 
 def _address(vector: torch.Tensor | None, size: int) -> int:

@@ -23,17 +23,15 @@ from __future__ import annotations
 import math
 import os
 from abc import abstractmethod
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 
-from minivllm_kernels.packed import PackedWeight
+from minivllm_kernels.layers import LayerCache, LayerWeights, Weight
 
 BLOCK_SIZE = 16
-
-Weight = torch.Tensor | PackedWeight
-"""A matrix [rows, N]: a tensor, or one of 4 or 8 bits."""
 
 
 class KernelBackend(Protocol):
@@ -73,63 +71,58 @@ class KernelBackend(Protocol):
         """:meth:`silu_and_mul`, then :meth:`linear`. Returns [T, rows]."""
         return self.linear(self.silu_and_mul(gate_up_TI2), weight, bias)
 
-    def attention_layer(
+    def decoder_layers(
         self,
         x_TN: torch.Tensor,
-        residual_TN: torch.Tensor | None,
-        norm_weight_N: torch.Tensor,
-        eps: float,
-        qkv: Weight,
-        qkv_bias: torch.Tensor | None,
-        o: Weight,
-        o_bias: torch.Tensor | None,
+        layers: Sequence[LayerWeights],
+        caches: Sequence[LayerCache],
         cos_TD: torch.Tensor,
         sin_TD: torch.Tensor,
-        k_cache_PKSD: torch.Tensor,
-        v_cache_PKSD: torch.Tensor,
         slots_T: torch.Tensor,
         block_tables_BM: torch.Tensor,
         seq_lens_B: torch.Tensor,
         query_start_B1: torch.Tensor,
         *,
+        eps: float,
         scale: float,
         sliding_window: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`rms_norm_linear` with ``qkv`` [A * D, N], :meth:`rope_and_write_kv`,
-        :meth:`paged_attention`, and :meth:`linear` with ``o`` [N, H * D].
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All layers of a Llama, one after the other: attention, then a gated MLP, each of a norm.
 
-        Returns ([T, N], ``x + residual``); mutates the caches, and ``residual`` as its parts do.
-        """
-        heads, residual_TN = self.rms_norm_linear(x_TN, residual_TN, norm_weight_N, eps, qkv, qkv_bias)
-        num_tokens, num_kv_heads, head_dim = x_TN.shape[0], k_cache_PKSD.shape[1], k_cache_PKSD.shape[3]
-        heads_TAD = heads.view(num_tokens, -1, head_dim)
-        q_THD = heads_TAD[:, : heads_TAD.shape[1] - 2 * num_kv_heads]
-        self.rope_and_write_kv(heads_TAD, cos_TD, sin_TD, k_cache_PKSD, v_cache_PKSD, slots_T)
-        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-        self.paged_attention(
-            q_THD, k_cache_PKSD, v_cache_PKSD, block_tables_BM, seq_lens_B, query_start_B1,
-            scale=scale, out_THD=out_THD, sliding_window=sliding_window,
-        )  # fmt: skip
-        return self.linear(out_THD.flatten(1), o, o_bias), residual_TN
+        For what the arguments are, see the parts that are called here.
 
-    def mlp_layer(
-        self,
-        x_TN: torch.Tensor,
-        residual_TN: torch.Tensor | None,
-        norm_weight_N: torch.Tensor,
-        eps: float,
-        gate_up: Weight,
-        gate_up_bias: torch.Tensor | None,
-        down: Weight,
-        down_bias: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`rms_norm_linear` with ``gate_up`` [2I, N], then :meth:`silu_and_mul_linear` with
-        ``down`` [N, I]. Returns ([T, N], ``x + residual``); mutates ``residual`` as its parts do.
+        Returns:
+            (the last layer's output [T, N], what is to be added to it [T, N]): None if there is no layer.
+            ``x`` may be overwritten; ``caches`` are mutated at ``slots``.
         """
-        gate_up_TI2, residual_TN = self.rms_norm_linear(
-            x_TN, residual_TN, norm_weight_N, eps, gate_up, gate_up_bias
-        )
-        return self.silu_and_mul_linear(gate_up_TI2, down, down_bias), residual_TN
+        residual_TN: torch.Tensor | None = None
+        for layer, cache in zip(layers, caches, strict=True):
+            heads, residual_TN = self.rms_norm_linear(
+                x_TN, residual_TN, layer.attention_norm_N, eps, layer.qkv, layer.qkv_bias
+            )
+            num_tokens, num_kv_heads, head_dim = x_TN.shape[0], cache.k_PKSD.shape[1], cache.k_PKSD.shape[3]
+            heads_TAD = heads.view(num_tokens, -1, head_dim)
+            q_THD = heads_TAD[:, : heads_TAD.shape[1] - 2 * num_kv_heads]
+            self.rope_and_write_kv(heads_TAD, cos_TD, sin_TD, cache.k_PKSD, cache.v_PKSD, slots_T)
+            out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+            self.paged_attention(
+                q_THD,
+                cache.k_PKSD,
+                cache.v_PKSD,
+                block_tables_BM,
+                seq_lens_B,
+                query_start_B1,
+                scale=scale,
+                out_THD=out_THD,
+                sliding_window=sliding_window,
+            )
+            x_TN = self.linear(out_THD.flatten(1), layer.o, layer.o_bias)
+
+            gate_up_TI2, residual_TN = self.rms_norm_linear(
+                x_TN, residual_TN, layer.mlp_norm_N, eps, layer.gate_up, layer.gate_up_bias
+            )
+            x_TN = self.silu_and_mul_linear(gate_up_TI2, layer.down, layer.down_bias)
+        return x_TN, residual_TN
 
     @abstractmethod
     def embedding(self, ids_T: torch.Tensor, weight: Weight) -> torch.Tensor:

@@ -72,11 +72,13 @@ class PackedWeight:
 
     Attributes:
         blocks: uint8 [panels, groups, block bytes]. Rows past the last are zero.
+        shape: rows and columns, as a tensor's.
         arguments: what the C++ kernels take for it: address of the blocks, bits, rows, columns.
     """
 
     def __init__(self, rows: int, columns: int, bits: int) -> None:
         self.rows, self.columns, self.bits = rows, columns, bits
+        self.shape = rows, columns
         num_panels, num_groups = -(-rows // PANEL), -(-columns // GROUP)
         self.blocks = torch.empty(num_panels, num_groups, _BLOCK_BYTES[bits], dtype=torch.uint8)
         self.blocks[-1] = 0

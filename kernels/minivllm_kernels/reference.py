@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from minivllm_kernels import reference_sampling
-from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, Weight, check_paged_attention
+from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, check_paged_attention
+from minivllm_kernels.layers import Weight
 from minivllm_kernels.packed import PackedWeight
 
 _FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from minivllm_kernels import LayerCache
 
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.block_manager import blocks_for
 from minivllm.engine.scheduler import ScheduledBatch
-from minivllm.models.attention import LayerCache
 from minivllm.models.llama import Llama
 
 Compute = Callable[[], torch.Tensor]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from minivllm_kernels import LayerCache
 
 from minivllm.config import BLOCK_SIZE
 from minivllm.engine.batch import FlatBatch
@@ -15,7 +16,6 @@ from minivllm.engine.huge_pages import empty_in_huge_pages
 from minivllm.engine.prompt_logprobs import score_prompts
 from minivllm.engine.sampler import Sample, sample
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
-from minivllm.models.attention import LayerCache
 from minivllm.models.llama import Llama
 from minivllm.request import Request
 

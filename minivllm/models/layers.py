@@ -78,12 +78,11 @@ class NormedLinear(Linear):
         projections: dict[str, int],
         in_features: int,
         *,
-        eps: float,
         bias: bool,
         placement: Placement,
     ) -> None:
         super().__init__(projections, in_features, bias=bias, placement=placement)
-        self.norm, self.eps = norm, eps
+        self.norm = norm
         self.norm_weight = placement.empty(in_features)
 
     def weight_slots(self) -> dict[str, WeightSlot]:

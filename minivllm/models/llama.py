@@ -7,10 +7,9 @@ V vocabulary.
 from __future__ import annotations
 
 import torch
-from minivllm_kernels import PackedRows
+from minivllm_kernels import LayerCache, LayerWeights, PackedRows
 
 from minivllm.engine.batch import FlatBatch
-from minivllm.models.attention import Attention, LayerCache
 from minivllm.models.config import ModelConfig
 from minivllm.models.layers import (
     Linear,
@@ -26,56 +25,56 @@ Hidden = tuple[torch.Tensor, torch.Tensor | None]
 """What the layers leave: the last one's output and the residual, each [T, N], to be added."""
 
 
-class MLP:
-    """Norm, then SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+class LlamaLayer:
+    """One layer's weights; what is computed with them is the kernels' ``decoder_layers``."""
 
     def __init__(self, prefix: str, config: ModelConfig, placement: Placement) -> None:
-        size, name, bias = config.intermediate_size, f"{prefix}.mlp", config.mlp_bias
-        self.kernels = placement.kernels
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        hidden_size, inner_size = config.hidden_size, config.intermediate_size
+        self.qkv_proj = NormedLinear(
+            f"{prefix}.input_layernorm",
+            {f"{attention}.q_proj": q_size, f"{attention}.k_proj": kv_size, f"{attention}.v_proj": kv_size},
+            hidden_size,
+            bias=config.attention_bias,
+            placement=placement,
+        )
+        self.o_proj = Linear(
+            {f"{attention}.o_proj": hidden_size}, q_size, bias=config.attention_bias, placement=placement
+        )
         self.gate_up_proj = NormedLinear(
             f"{prefix}.post_attention_layernorm",
-            {f"{name}.gate_proj": size, f"{name}.up_proj": size},
-            config.hidden_size,
-            eps=config.rms_norm_eps,
-            bias=bias,
+            {f"{mlp}.gate_proj": inner_size, f"{mlp}.up_proj": inner_size},
+            hidden_size,
+            bias=config.mlp_bias,
             placement=placement,
         )
         self.down_proj = Linear(
-            {f"{name}.down_proj": config.hidden_size}, size, bias=bias, placement=placement
+            {f"{mlp}.down_proj": hidden_size}, inner_size, bias=config.mlp_bias, placement=placement
         )
 
-    def __call__(self, x_TN: torch.Tensor, residual_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate_up, down = self.gate_up_proj, self.down_proj
-        return self.kernels.mlp_layer(
-            x_TN,
-            residual_TN,
+    def weights(self) -> LayerWeights:
+        """As the kernels take them."""
+        qkv, o, gate_up, down = self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
+        return LayerWeights(
+            qkv.norm_weight,
+            qkv.weight,
+            qkv.bias,
+            o.weight,
+            o.bias,
             gate_up.norm_weight,
-            gate_up.eps,
             gate_up.weight,
             gate_up.bias,
             down.weight,
             down.bias,
         )
 
-
-class LlamaLayer:
-    """Attention, then MLP, each after a norm; the sum so far travels beside as ``residual``."""
-
-    def __init__(self, prefix: str, config: ModelConfig, placement: Placement) -> None:
-        self.attention = Attention(prefix, config, placement)
-        self.mlp = MLP(prefix, config, placement)
-
-    def __call__(
-        self,
-        x_TN: torch.Tensor,
-        residual_TN: torch.Tensor | None,
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
-        batch: FlatBatch,
-        cache: LayerCache,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TN, residual_TN = self.attention(x_TN, residual_TN, cos_TD, sin_TD, batch, cache)
-        return self.mlp(x_TN, residual_TN)
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        """Where each of its tensors goes, by name."""
+        slots: dict[str, WeightSlot] = {}
+        for linear in (self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj):
+            slots |= linear.weight_slots()
+        return slots
 
 
 class Llama:
@@ -91,6 +90,7 @@ class Llama:
         self.layers = [
             LlamaLayer(f"model.layers.{number}", config, placement) for number in range(config.num_layers)
         ]
+        self.layer_weights = [layer.weights() for layer in self.layers]
         self.norm_weight = placement.empty(config.hidden_size)
         self.lm_head = self.embedding
         if not config.tie_word_embeddings:
@@ -102,12 +102,21 @@ class Llama:
 
     def hidden(self, batch: FlatBatch, caches: list[LayerCache]) -> Hidden:
         """The layers alone. Writes this step's keys and values to ``caches``."""
-        cos_TD, sin_TD = self.rotary(batch.positions_T)
-        x_TN = self.kernels.embedding(batch.input_ids_T, self.embedding)
-        residual_TN: torch.Tensor | None = None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x_TN, residual_TN = layer(x_TN, residual_TN, cos_TD, sin_TD, batch, cache)
-        return x_TN, residual_TN
+        config, (cos_TD, sin_TD) = self.config, self.rotary(batch.positions_T)
+        return self.kernels.decoder_layers(
+            self.kernels.embedding(batch.input_ids_T, self.embedding),
+            self.layer_weights,
+            caches,
+            cos_TD,
+            sin_TD,
+            batch.slots_T,
+            batch.block_tables_BM,
+            batch.seq_lens_B,
+            batch.query_start_B1,
+            eps=config.rms_norm_eps,
+            scale=config.head_dim**-0.5,
+            sliding_window=config.sliding_window,
+        )
 
     def logits(self, hidden: Hidden, index_L: torch.Tensor) -> torch.Tensor:
         """The last norm and the large product, for some of the step's tokens only: [L, V]."""
@@ -131,9 +140,7 @@ class Llama:
         if not self.config.tie_word_embeddings:
             slots["lm_head.weight"] = matrix_slot(self.lm_head, 0, vocab_size)
         for layer in self.layers:
-            attention, mlp = layer.attention, layer.mlp
-            for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
-                slots |= linear.weight_slots()
+            slots |= layer.weight_slots()
         return slots
 
     @property

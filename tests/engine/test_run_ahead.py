@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from minivllm_kernels import LayerCache
 
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.decode_graphs import DecodeGraphs, graph_sizes
@@ -20,7 +21,6 @@ from minivllm.engine.engine import Engine
 from minivllm.engine.profiling import compile_kernels, longest_batch
 from minivllm.engine.runner import PendingTokens, TorchRunner, empty_caches
 from minivllm.engine.scheduler import ScheduledBatch
-from minivllm.models.attention import LayerCache
 from minivllm.models.llama import Hidden
 from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, SamplingParams
 from tests.conftest import run_all

@@ -1,16 +1,24 @@
-"""A layer's two halves are, to the bit, what their parts say one after the other, on every backend."""
+"""All layers together are, to the bit, what their parts say one after the other, on every backend."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from minivllm_kernels import PackedWeight, quantize_int8
+from minivllm_kernels import LayerCache, LayerWeights, PackedWeight, quantize_int8
 
 from tests.kernels.conftest import Backend
-from tests.kernels.test_kernels import make_case, needs_packed_weights, normal, random_batch, same_bits
+from tests.kernels.test_kernels import (
+    AttentionCase,
+    make_case,
+    needs_packed_weights,
+    normal,
+    random_batch,
+    same_bits,
+)
 
 
 def make_weight(rng: np.random.Generator, backend: Backend, rows: int, columns: int, bits: int | None) -> Any:
@@ -26,50 +34,41 @@ def make_weight(rng: np.random.Generator, backend: Backend, rows: int, columns: 
     return weight
 
 
-@pytest.mark.parametrize("bits", [4, 8, None])
-@pytest.mark.parametrize("has_residual", [False, True])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_mlp_layer(
-    backend: Backend, rng: np.random.Generator, bits: int | None, has_residual: bool, has_bias: bool
-) -> None:
-    num_tokens, size, inner = int(rng.integers(1, 40)), 48, 80
-    x, residual = normal(rng, 2, num_tokens, size, dtype=torch.float32, device=backend.device)
-    norm, down_bias = normal(rng, 2, size, dtype=torch.float32, device=backend.device)
-    gate_up_bias = normal(rng, 2 * inner, dtype=torch.float32, device=backend.device)
-    gate_up, down = (
+def make_layer(
+    rng: np.random.Generator,
+    backend: Backend,
+    case: AttentionCase,
+    size: int,
+    bits: int | None,
+    has_bias: bool,
+) -> LayerWeights:
+    """Random weights for the case's heads."""
+    num_heads, head_dim = case.q_THD.shape[1:]
+    qkv_rows, inner = (num_heads + 2 * case.k_cache_PKSD.shape[1]) * head_dim, 80
+
+    def vector(length: int) -> torch.Tensor:
+        return normal(rng, length, dtype=torch.float32, device=backend.device)
+
+    def bias(length: int) -> torch.Tensor | None:
+        return vector(length) if has_bias else None
+
+    return LayerWeights(
+        vector(size),
+        make_weight(rng, backend, qkv_rows, size, bits),
+        bias(qkv_rows),
+        make_weight(rng, backend, size, num_heads * head_dim, bits),
+        bias(size),
+        vector(size),
         make_weight(rng, backend, 2 * inner, size, bits),
+        bias(2 * inner),
         make_weight(rng, backend, size, inner, bits),
+        bias(size),
     )
-    biases = (gate_up_bias, down_bias) if has_bias else (None, None)
-    kernels = backend.kernels
-
-    normed, total = kernels.rms_norm(x, norm, 1e-5, residual if has_residual else None)
-    total = total.clone()
-    want = kernels.linear(kernels.silu_and_mul(kernels.linear(normed, gate_up, biases[0])), down, biases[1])
-    have, have_total = kernels.mlp_layer(
-        x, residual if has_residual else None, norm, 1e-5, gate_up, biases[0], down, biases[1]
-    )
-    assert same_bits(have, want)
-    assert same_bits(have_total, total)
 
 
-@pytest.mark.parametrize("bits", [4, 8, None])
-@pytest.mark.parametrize("kind", ["decode", "mixed"])
-@pytest.mark.parametrize("sliding_window", [None, 20])
-def test_attention_layer(
-    backend: Backend, rng: np.random.Generator, bits: int | None, kind: str, sliding_window: int | None
-) -> None:
-    case = make_case(rng, backend.device, random_batch(rng, kind, 3, backend.size(600, slow=20)))
-    num_tokens, num_heads, head_dim = case.q_THD.shape
-    num_kv_heads, size = case.k_cache_PKSD.shape[1], 48
-    rows = (num_heads + 2 * num_kv_heads) * head_dim
-    x, residual = normal(rng, 2, num_tokens, size, dtype=torch.float32, device=backend.device)
-    norm, o_bias = normal(rng, 2, size, dtype=torch.float32, device=backend.device)
-    qkv_bias = normal(rng, rows, dtype=torch.float32, device=backend.device)
-    cos, sin = normal(rng, 2, num_tokens, head_dim, dtype=torch.float32, device=backend.device)
-    qkv = make_weight(rng, backend, rows, size, bits)
-    o = make_weight(rng, backend, size, num_heads * head_dim, bits)
-    slots = torch.cat(
+def slots_of(case: AttentionCase) -> torch.Tensor:
+    """Where the step's tokens go."""
+    return torch.cat(
         [
             table[position // 16].long() * 16 + position % 16
             for table, length, start, end in zip(
@@ -79,45 +78,125 @@ def test_attention_layer(
                 case.query_start_B1[1:].tolist(),
                 strict=True,
             )
-            for position in [torch.arange(length - (end - start), length, device=backend.device)]
+            for position in [torch.arange(length - (end - start), length, device=table.device)]
         ]
     )
-    kernels = backend.kernels
-    caches = case.k_cache_PKSD.clone(), case.v_cache_PKSD.clone()
-    tables = case.block_tables_BM, case.seq_lens_B, case.query_start_B1
 
-    normed, total = kernels.rms_norm(x, norm, 1e-5, residual)
-    total = total.clone()
-    heads = kernels.linear(normed, qkv, qkv_bias).view(num_tokens, -1, head_dim)
-    kernels.rope_and_write_kv(heads, cos, sin, *caches, slots)
-    attended = torch.empty_like(case.q_THD)
-    kernels.paged_attention(
-        heads[:, :num_heads], *caches, *tables, scale=0.3, out_THD=attended, sliding_window=sliding_window
-    )
-    want = kernels.linear(attended.flatten(1), o, o_bias)
-    have_caches = case.k_cache_PKSD, case.v_cache_PKSD
-    have, have_total = kernels.attention_layer(
-        x, residual, norm, 1e-5, qkv, qkv_bias, o, o_bias, cos, sin, *have_caches, slots, *tables,
-        scale=0.3, sliding_window=sliding_window,
+
+@pytest.mark.parametrize("bits", [4, 8, None])
+@pytest.mark.parametrize("kind", ["one", "decode", "mixed"])
+@pytest.mark.parametrize(("has_bias", "sliding_window"), [(False, None), (True, 20)])
+def test_decoder_layers(
+    backend: Backend,
+    rng: np.random.Generator,
+    bits: int | None,
+    kind: str,
+    has_bias: bool,
+    sliding_window: int | None,
+) -> None:
+    length = backend.size(600, slow=20)
+    batch = [(length, 1)] if kind == "one" else random_batch(rng, kind, 3, length)
+    case, size, eps = make_case(rng, backend.device, batch), 48, 1e-5
+    num_tokens, num_heads, head_dim = case.q_THD.shape
+    layers = [make_layer(rng, backend, case, size, bits, has_bias) for _ in range(2)]
+    x = normal(rng, num_tokens, size, dtype=torch.float32, device=backend.device)
+    cos, sin = normal(rng, 2, num_tokens, head_dim, dtype=torch.float32, device=backend.device)
+    slots, tables = slots_of(case), (case.block_tables_BM, case.seq_lens_B, case.query_start_B1)
+    kernels = backend.kernels
+
+    # Each layer has a cache of its own: the case's, and its mirror image.
+    pairs = [(case.k_cache_PKSD, case.v_cache_PKSD), (case.v_cache_PKSD.clone(), case.k_cache_PKSD.clone())]
+    want_pairs = [(k.clone(), v.clone()) for k, v in pairs]
+    want, total = x, None
+    for layer, (k_cache, v_cache) in zip(layers, want_pairs, strict=True):
+        normed, total = kernels.rms_norm(want, layer.attention_norm_N, eps, total)
+        heads = kernels.linear(normed, layer.qkv, layer.qkv_bias).view(num_tokens, -1, head_dim)
+        kernels.rope_and_write_kv(heads, cos, sin, k_cache, v_cache, slots)
+        attended = torch.empty_like(case.q_THD)
+        kernels.paged_attention(
+            heads[:, :num_heads],
+            k_cache,
+            v_cache,
+            *tables,
+            scale=0.3,
+            out_THD=attended,
+            sliding_window=sliding_window,
+        )
+        want = kernels.linear(attended.flatten(1), layer.o, layer.o_bias)
+        normed, total = kernels.rms_norm(want, layer.mlp_norm_N, eps, total)
+        gate_up = kernels.linear(normed, layer.gate_up, layer.gate_up_bias)
+        want = kernels.linear(kernels.silu_and_mul(gate_up), layer.down, layer.down_bias)
+
+    caches = [LayerCache(k, v) for k, v in pairs]
+    have, have_total = kernels.decoder_layers(
+        x.clone(), layers, caches, cos, sin, slots, *tables,
+        eps=eps, scale=0.3, sliding_window=sliding_window,
     )  # fmt: skip
+    assert total is not None
+    assert have_total is not None
     assert not want.isnan().any()
     assert same_bits(have, want)
     assert same_bits(have_total, total)
-    for have_cache, want_cache in zip(have_caches, caches, strict=True):
-        assert same_bits(have_cache, want_cache)
+    for have_pair, want_pair in zip(pairs, want_pairs, strict=True):
+        for have_cache, want_cache in zip(have_pair, want_pair, strict=True):
+            assert same_bits(have_cache, want_cache)
 
 
-def test_layers_refuse_weights_that_do_not_fit(backend: Backend, rng: np.random.Generator) -> None:
+def test_many_tokens(backend: Backend, rng: np.random.Generator) -> None:
+    """More than the C++ kernels take at once: each is what it is in a step of its own."""
+    if not backend.is_cpp:
+        pytest.skip("nothing is taken in parts")
+    case, size = make_case(rng, backend.device, [(700, 700)]), 48
+    num_tokens, _, head_dim = case.q_THD.shape
+    layers = [make_layer(rng, backend, case, size, 4, True)]
+    x = normal(rng, num_tokens, size, dtype=torch.float32, device=backend.device)
+    cos, sin = normal(rng, 2, num_tokens, head_dim, dtype=torch.float32, device=backend.device)
+    slots, caches = slots_of(case), [LayerCache(case.k_cache_PKSD, case.v_cache_PKSD)]
+
+    def run(first: int, end: int) -> torch.Tensor:
+        lengths = torch.tensor([end], dtype=torch.int32), torch.tensor([0, end - first], dtype=torch.int32)
+        part = slice(first, end)
+        out, residual = backend.kernels.decoder_layers(
+            x[part].clone(), layers, caches, cos[part], sin[part], slots[part],
+            case.block_tables_BM, *lengths, eps=1e-5, scale=0.3,
+        )  # fmt: skip
+        assert residual is not None
+        return torch.stack((out, residual))
+
+    whole = run(0, num_tokens)
+    parts = [run(first, min(first + 90, num_tokens)) for first in range(0, num_tokens, 90)]
+    assert same_bits(torch.cat(parts, dim=1), whole)
+
+
+def test_no_layers(backend: Backend) -> None:
+    x, tables = torch.ones(1, 48, device=backend.device), torch.zeros(1, 1, dtype=torch.int32)
+    have, total = backend.kernels.decoder_layers(
+        x, [], [], x, x, x, tables, tables, tables, eps=1.0, scale=1.0
+    )
+    assert have is x
+    assert total is None
+
+
+def test_layers_that_do_not_fit_are_refused(backend: Backend, rng: np.random.Generator) -> None:
     if not backend.is_cpp:
         pytest.skip("torch refuses them in its own words")
     case = make_case(rng, backend.device, [(40, 1), (20, 1)])
-    x, norm, cos = torch.ones(2, 48), torch.ones(48), torch.ones(2, 64)
-    qkv, o = PackedWeight(12 * 64, 48, 8), PackedWeight(48, 8 * 64 + 32, 8)
-    with pytest.raises(ValueError, match=r"^attention_layer: qkv 768 x 48, o 48 x 544,"):
-        backend.kernels.attention_layer(
-            x, None, norm, 1e-5, qkv, None, o, None, cos, cos, case.k_cache_PKSD, case.v_cache_PKSD,
-            torch.zeros(2, dtype=torch.int64), case.block_tables_BM, case.seq_lens_B, case.query_start_B1,
-            scale=1.0,
+    layer, x = make_layer(rng, backend, case, 48, 8, False), torch.ones(2, 48)
+    cos = torch.ones(2, case.q_THD.shape[2])
+    cache = LayerCache(case.k_cache_PKSD, case.v_cache_PKSD)
+
+    def run(second: LayerWeights, second_cache: LayerCache, num_slots: int = 2) -> None:
+        backend.kernels.decoder_layers(
+            x, [layer, second], [cache, second_cache], cos, cos, torch.zeros(num_slots, dtype=torch.int64),
+            case.block_tables_BM, case.seq_lens_B, case.query_start_B1, eps=1e-5, scale=1.0,
         )  # fmt: skip
-    with pytest.raises(ValueError, match=r"^gate_up must have 1088 rows for down, got 768"):
-        backend.kernels.mlp_layer(x, None, norm, 1e-5, qkv, None, o, None)
+
+    for name, wrong in (("down", PackedWeight(48, 96, 8)), ("qkv", PackedWeight(64, 48, 8))):
+        with pytest.raises(ValueError, match=rf"^decoder_layers: {name} must be .*, got \({wrong.rows}, "):
+            run(replace(layer, **{name: wrong}), cache)
+    with pytest.raises(ValueError, match=r"^decoder_layers: caches must be .*, as the first, got"):
+        run(layer, LayerCache(cache.k_PKSD, cache.v_PKSD[:1]))
+    with pytest.raises(ValueError, match=r"^a vector must be float32 \[48\]"):
+        run(replace(layer, o_bias=torch.ones(47)), cache)
+    with pytest.raises(ValueError, match=r"^decoder_layers: 2 tokens of 2 sequences, .* don't fit together"):
+        run(layer, cache, num_slots=3)

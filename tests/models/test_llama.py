@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from minivllm_kernels import get_backend
+from minivllm_kernels import LayerCache, get_backend
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from minivllm.config import BLOCK_SIZE
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.scheduler import ScheduledBatch, ScheduledRequest
-from minivllm.models.attention import LayerCache
 from minivllm.models.config import ModelConfig, RopeConfig
 from minivllm.models.layers import Placement, RotaryEmbedding, rope_frequencies
 from minivllm.models.llama import Llama

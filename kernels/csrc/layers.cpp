@@ -1,0 +1,66 @@
+// All decoder layers of a step in one call: between two kernels there is no Python, the other threads needn't be
+// woken from sleep, and what lies between the parts is in memory that is written again and again.
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace minivllm::ISA {
+
+namespace {
+
+constexpr int64_t kMlpTokens = 256;  // tokens whose gates and ups, large as they are, stay in the cache
+
+struct Matrix {
+    const uint8_t* blocks;
+    int64_t bits;
+    const float* bias;
+};
+
+// As cpu.py writes it: eight bytes for each field.
+struct Layer {
+    const float *attention_norm, *mlp_norm;
+    Matrix qkv, o, gate_up, down;
+    void *k_cache, *v_cache;
+};
+
+static_assert(sizeof(Layer) == 16 * sizeof(int64_t), "as cpu.py writes it");
+
+}  // namespace
+
+void decoder_layers(const void* table, int64_t num_layers, float* x, float* out, int64_t tokens, int64_t size,
+                    int64_t inner_size, int64_t heads, int64_t kv_heads, int64_t head_dim, float eps,
+                    const float* cos, const float* sin, int64_t kv_type, const int64_t* slots,
+                    const int32_t* tables, int64_t table_stride, const int32_t* seq_lens,
+                    const int32_t* query_start, int64_t num_seqs, float scale, int64_t window) {
+    static thread_local std::vector<float> head_memory, attended_memory, inner_memory;
+    const int64_t num_rows = heads + 2 * kv_heads, qkv_size = num_rows * head_dim, attended_size = heads * head_dim;
+    float* qkv = scratch(head_memory, tokens * qkv_size);
+    float* attended = scratch(attended_memory, tokens * attended_size);
+    float* gate_up = scratch(inner_memory, std::min(tokens, kMlpTokens) * 2 * inner_size);
+    const Layer* layers = static_cast<const Layer*>(table);
+    for (int64_t i = 0; i < num_layers; ++i) {
+        const Layer& layer = layers[i];
+        // x is the residual from the first norm on; the first layer's input has nothing to be added to it.
+        const float *input = i == 0 ? x : out, *residual = i == 0 ? nullptr : x;
+        rms_norm_linear(input, residual, layer.attention_norm, eps, i == 0 ? nullptr : x, layer.qkv.blocks,
+                        layer.qkv.bits, qkv_size, size, layer.qkv.bias, qkv, tokens);
+        rope_and_write_kv(qkv, cos, sin, layer.k_cache, layer.v_cache, kv_type, slots, tokens, num_rows, kv_heads,
+                          head_dim);
+        paged_attention(qkv, qkv_size, layer.k_cache, layer.v_cache, kv_type, tables, table_stride, seq_lens,
+                        query_start, num_seqs, heads, kv_heads, head_dim, scale, window, 0.0f, attended,
+                        attended_size);
+        linear(attended, layer.o.blocks, layer.o.bits, size, attended_size, layer.o.bias, out, tokens);
+        for (int64_t first = 0; first < tokens; first += kMlpTokens) {
+            const int64_t at = first * size, count = std::min(kMlpTokens, tokens - first);
+            rms_norm_linear(out + at, x + at, layer.mlp_norm, eps, x + at, layer.gate_up.blocks,
+                            layer.gate_up.bits, 2 * inner_size, size, layer.gate_up.bias, gate_up, count);
+            silu_and_mul_linear(gate_up, layer.down.blocks, layer.down.bits, size, inner_size, layer.down.bias,
+                                out + at, count);
+        }
+    }
+}
+
+}  // namespace minivllm::ISA
