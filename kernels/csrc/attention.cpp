@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "kernels.h"
+#include "parts.h"
 #include "simd.h"
-#include "threads.h"
 
 namespace minivllm::ISA {
 
@@ -25,33 +25,8 @@ namespace {
 constexpr int kTileRows = 32;
 constexpr int kTileKeys = 64;
 constexpr int kRangeKeys = 512;
+constexpr int kSerialWork = 8;  // rows times ranges that aren't worth waking another thread
 constexpr int kMicroRows = 4;  // rows whose sums are kept in registers
-
-struct Arguments {
-    const float* q;
-    int64_t q_stride;
-    const int32_t* tables;
-    int64_t table_stride;
-    const int32_t *seq_lens, *query_start;
-    int64_t num_seqs, heads, kv_heads, head_dim;
-    float scale;
-    int64_t window;  // tokens that a query sees, itself included
-    float softcap;   // 0: none
-    float* out;
-    int64_t out_stride;
-
-    int64_t group() const { return heads / kv_heads; }
-    int64_t padded_dim() const { return (head_dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
-};
-
-// The work of one tile: rows [row, row + rows) of sequence and KV head. Row r is the sequence's query
-// r / group, in the head's r % group-th query head.
-struct Tile {
-    int32_t sequence, kv_head, row, rows;
-    int32_t first_range, end_range;  // the ranges of keys that any of its rows sees
-
-    int32_t num_ranges() const { return end_range - first_range; }
-};
 
 // The running softmax of some rows: largest score, sum of weights, weighted sum of values [rows, padded_dim].
 struct Softmax {
@@ -63,6 +38,8 @@ struct Softmax {
         std::fill(values, values + rows * dim, 0.0f);
     }
 };
+
+int64_t padded(int64_t dim) { return (dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
 
 int64_t softmax_floats(int64_t dim) { return kTileRows * (dim + 2); }
 
@@ -200,100 +177,59 @@ void merge(const Softmax& from, const Softmax& to, int64_t rows, int64_t padded)
 template <class T>
 class Kernel {
    public:
-    Kernel(const Arguments& arguments, const T* k_cache, const T* v_cache)
-        : a_(arguments), k_cache_(k_cache), v_cache_(v_cache), padded_(arguments.padded_dim()) {}
+    Kernel(AttentionPlan& plan, const float* q, int64_t q_stride, const T* k_cache, const T* v_cache, float* out,
+           int64_t out_stride)
+        : plan_(plan),
+          a_(plan.batch),
+          q_(q),
+          q_stride_(q_stride),
+          k_cache_(k_cache),
+          v_cache_(v_cache),
+          out_(out),
+          out_stride_(out_stride),
+          padded_(padded(a_.head_dim)) {}
 
-    void run() const {
-        std::vector<Tile> tiles = make_tiles();
-        const int64_t num_tiles = int64_t(tiles.size());
-        int64_t work = 0, most_ranges = 1;
-        for (const Tile& tile : tiles) {
-            work += int64_t(tile.rows) * tile.num_ranges();
-            most_ranges = std::max<int64_t>(most_ranges, tile.num_ranges());
-        }
-        if (most_ranges > 1 && num_tiles < 4 * num_threads()) {
-            run_ranges(tiles);
+    void run(Team& team) const {
+        if (!plan_.items.empty()) {
+            run_ranges(team);
             return;
         }
-        const bool is_worth_it = num_threads() > 1 && (work > 8 || most_ranges > 1);
-#pragma omp parallel if (is_worth_it)
-        {
-            float* memory = thread_memory();
-            Softmax partial = softmax_at(memory), running = softmax_at(memory + softmax_floats(padded_));
-            float* work_memory = memory + 2 * softmax_floats(padded_);
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t i = 0; i < num_tiles; ++i) {
-                const Tile& tile = tiles[i];
-                const float* q = load_queries(tile, work_memory);
-                running.reset(tile.rows, padded_);
-                for (int32_t range = tile.first_range; range < tile.end_range; ++range) {
-                    attend(tile, range, q, work_memory, partial);
-                    merge(partial, running, tile.rows, padded_);
-                }
-                write(tile, running);
+        float* memory = thread_memory();
+        Softmax partial = softmax_at(memory), running = softmax_at(memory + softmax_floats(padded_));
+        float* work_memory = memory + 2 * softmax_floats(padded_);
+        team.share(int64_t(plan_.tiles.size()), 1, [&](int64_t i) {
+            const AttentionTile& tile = plan_.tiles[i];
+            const float* q = load_queries(tile, work_memory);
+            running.reset(tile.rows, padded_);
+            for (int32_t range = tile.first_range; range < tile.end_range; ++range) {
+                attend(tile, range, q, work_memory, partial);
+                merge(partial, running, tile.rows, padded_);
             }
-        }
+            write(tile, running);
+        });
     }
 
    private:
     // The same tiles, the ranges of each in parallel.
-    void run_ranges(const std::vector<Tile>& tiles) const {
-        struct Item {
-            int64_t tile;
-            int32_t range;
-        };
-        std::vector<Item> items;
-        std::vector<int64_t> first_item;
-        for (int64_t i = 0; i < int64_t(tiles.size()); ++i) {
-            first_item.push_back(int64_t(items.size()));
-            for (int32_t range = tiles[i].first_range; range < tiles[i].end_range; ++range)
-                items.push_back({i, range});
-        }
-        std::vector<float> partials(items.size() * softmax_floats(padded_));
-#pragma omp parallel
-        {
-            float* memory = thread_memory();
-            float* work_memory = memory + 2 * softmax_floats(padded_);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < int64_t(items.size()); ++i) {
-                const Tile& tile = tiles[items[i].tile];
-                const float* q = load_queries(tile, work_memory);
-                attend(tile, items[i].range, q, work_memory, softmax_at(&partials[i * softmax_floats(padded_)]));
-            }
-            Softmax running = softmax_at(memory);
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t i = 0; i < int64_t(tiles.size()); ++i) {
-                running.reset(tiles[i].rows, padded_);
-                for (int32_t range = 0; range < tiles[i].num_ranges(); ++range) {
-                    int64_t item = first_item[i] + range;
-                    merge(softmax_at(&partials[item * softmax_floats(padded_)]), running, tiles[i].rows, padded_);
-                }
-                write(tiles[i], running);
-            }
-        }
+    void run_ranges(Team& team) const {
+        const int64_t size = softmax_floats(padded_);
+        float* memory = thread_memory();
+        team.share(int64_t(plan_.items.size()), 1, [&](int64_t i) {
+            const AttentionPlan::Item& item = plan_.items[i];
+            const AttentionTile& tile = plan_.tiles[item.tile];
+            float* work_memory = memory + 2 * size;
+            const float* q = load_queries(tile, work_memory);
+            attend(tile, item.range, q, work_memory, softmax_at(&plan_.partials[i * size]));
+        });
+        Softmax running = softmax_at(memory);
+        team.share(int64_t(plan_.tiles.size()), 1, [&](int64_t i) {
+            const AttentionTile& tile = plan_.tiles[i];
+            running.reset(tile.rows, padded_);
+            for (int32_t range = 0; range < tile.num_ranges(); ++range)
+                merge(softmax_at(&plan_.partials[(plan_.first_item[i] + range) * size]), running, tile.rows, padded_);
+            write(tile, running);
+        });
     }
-
-    std::vector<Tile> make_tiles() const {
-        std::vector<Tile> tiles;
-        const int64_t group = a_.group();
-        for (int32_t b = 0; b < a_.num_seqs; ++b) {
-            const int64_t queries = a_.query_start[b + 1] - a_.query_start[b], rows = queries * group;
-            const int64_t first_position = a_.seq_lens[b] - queries;
-            for (int32_t head = 0; head < a_.kv_heads; ++head) {
-                for (int64_t row = 0; row < rows; row += kTileRows) {
-                    int64_t count = std::min<int64_t>(kTileRows, rows - row);
-                    int64_t keys = first_position + (row + count - 1) / group + 1;
-                    tiles.push_back({b, head, int32_t(row), int32_t(count),
-                                     int32_t(window_begin(first_position + row / group) / kRangeKeys),
-                                     int32_t((keys + kRangeKeys - 1) / kRangeKeys)});
-                }
-            }
-        }
-        return tiles;
-    }
-
-    // The first key that a query at this position sees.
-    int64_t window_begin(int64_t position) const { return std::max<int64_t>(0, position + 1 - a_.window); }
 
     // Two softmax states, then the queries, their scores, and a block's keys or values.
     float* thread_memory() const {
@@ -304,16 +240,16 @@ class Kernel {
     }
 
     // The tile's queries, scaled: [rows, padded], zeros past head_dim.
-    const float* load_queries(const Tile& tile, float* to) const {
+    const float* load_queries(const AttentionTile& tile, float* to) const {
         for (int64_t row = 0; row < tile.rows; ++row) {
-            const float* from = a_.q + query_token(tile, row) * a_.q_stride + query_head(tile, row) * a_.head_dim;
+            const float* from = q_ + query_token(tile, row) * q_stride_ + query_head(tile, row) * a_.head_dim;
             for (int64_t d = 0; d < padded_; ++d) to[row * padded_ + d] = d < a_.head_dim ? from[d] * a_.scale : 0.0f;
         }
         return to;
     }
 
     // One range of a tile's keys, from scratch, into `result`.
-    void attend(const Tile& tile, int32_t range, const float* q, float* work_memory, const Softmax& result) const {
+    void attend(const AttentionTile& tile, int32_t range, const float* q, float* work_memory, const Softmax& result) const {
         float* scores = work_memory + kTileRows * padded_;
         float* widened = scores + kTileRows * kTileKeys;
         const int64_t group = a_.group();
@@ -324,7 +260,7 @@ class Kernel {
         const int64_t range_end = std::min<int64_t>(num_keys, int64_t(range + 1) * kRangeKeys);
         const int32_t* table = a_.tables + tile.sequence * a_.table_stride;
         // The first row sees the earliest keys. 64s begin at multiples of 64 and blocks before are left out.
-        const int64_t begin = window_begin(first_position + tile.row / group);
+        const int64_t begin = a_.window_begin(first_position + tile.row / group);
         result.reset(tile.rows, padded_);
         const int64_t first_start = std::max(int64_t(range) * kRangeKeys, begin / kTileKeys * kTileKeys);
         for (int64_t start = first_start; start < range_end; start += kTileKeys) {
@@ -349,7 +285,7 @@ class Kernel {
             }
             for (int64_t row = 0; row < tile.rows; ++row) {
                 const int64_t position = first_position + (tile.row + row) / group;
-                const int64_t hidden = std::clamp<int64_t>(window_begin(position) - start, 0, kTileKeys);
+                const int64_t hidden = std::clamp<int64_t>(a_.window_begin(position) - start, 0, kTileKeys);
                 if (a_.softcap > 0.0f) cap_row(scores + row * kTileKeys, a_.softcap);
                 soften_row(scores + row * kTileKeys, hidden, std::min<int64_t>(position + 1 - start, keys), padded_,
                            result.largest + row, result.total + row, result.values + row * padded_);
@@ -379,18 +315,18 @@ class Kernel {
         }
     }
 
-    void write(const Tile& tile, const Softmax& result) const {
+    void write(const AttentionTile& tile, const Softmax& result) const {
         for (int64_t row = 0; row < tile.rows; ++row) {
-            float* to = a_.out + query_token(tile, row) * a_.out_stride + query_head(tile, row) * a_.head_dim;
+            float* to = out_ + query_token(tile, row) * out_stride_ + query_head(tile, row) * a_.head_dim;
             for (int64_t d = 0; d < a_.head_dim; ++d) to[d] = result.values[row * padded_ + d] / result.total[row];
         }
     }
 
-    int64_t query_token(const Tile& tile, int64_t row) const {
+    int64_t query_token(const AttentionTile& tile, int64_t row) const {
         return a_.query_start[tile.sequence] + (tile.row + row) / a_.group();
     }
 
-    int64_t query_head(const Tile& tile, int64_t row) const {
+    int64_t query_head(const AttentionTile& tile, int64_t row) const {
         return tile.kv_head * a_.group() + (tile.row + row) % a_.group();
     }
 
@@ -398,23 +334,65 @@ class Kernel {
         return (int64_t(table[position / kBlockSize]) * a_.kv_heads + kv_head) * kBlockSize * a_.head_dim;
     }
 
-    Arguments a_;
+    AttentionPlan& plan_;
+    const AttentionBatch& a_;
+    const float* q_;
+    int64_t q_stride_;
     const T *k_cache_, *v_cache_;
+    float* out_;
+    int64_t out_stride_;
     int64_t padded_;
 };
 
 }  // namespace
+
+AttentionPlan::AttentionPlan(const AttentionBatch& batch) : batch(batch) {
+    const int64_t group = batch.group();
+    int64_t most_ranges = 1;
+    for (int32_t b = 0; b < batch.num_seqs; ++b) {
+        const int64_t queries = batch.query_start[b + 1] - batch.query_start[b], rows = queries * group;
+        const int64_t first_position = batch.seq_lens[b] - queries;
+        for (int32_t head = 0; head < batch.kv_heads; ++head) {
+            for (int64_t row = 0; row < rows; row += kTileRows) {
+                int64_t count = std::min<int64_t>(kTileRows, rows - row);
+                int64_t keys = first_position + (row + count - 1) / group + 1;
+                tiles.push_back({b, head, int32_t(row), int32_t(count),
+                                 int32_t(batch.window_begin(first_position + row / group) / kRangeKeys),
+                                 int32_t((keys + kRangeKeys - 1) / kRangeKeys)});
+                most_ranges = std::max<int64_t>(most_ranges, tiles.back().num_ranges());
+                work += count * tiles.back().num_ranges();
+            }
+        }
+    }
+    if (most_ranges == 1 || int64_t(tiles.size()) >= 4 * num_threads()) return;
+    for (int64_t i = 0; i < int64_t(tiles.size()); ++i) {
+        first_item.push_back(int64_t(items.size()));
+        for (int32_t range = tiles[i].first_range; range < tiles[i].end_range; ++range) items.push_back({i, range});
+    }
+    partials.resize(items.size() * softmax_floats(padded(batch.head_dim)));
+}
+
+void paged_attention(Team& team, AttentionPlan& plan, const float* q, int64_t q_stride, const void* k_cache,
+                     const void* v_cache, int64_t kv_type, float* out, int64_t out_stride) {
+    auto run = [&](auto* k, auto* v) {
+        Kernel<std::remove_const_t<std::remove_pointer_t<decltype(k)>>>(plan, q, q_stride, k, v, out, out_stride)
+            .run(team);
+    };
+    if (kv_type == 0) run((const float*)k_cache, (const float*)v_cache);
+    if (kv_type == 1) run((const Half*)k_cache, (const Half*)v_cache);
+    if (kv_type == 2) run((const BFloat*)k_cache, (const BFloat*)v_cache);
+}
 
 void paged_attention(const float* q, int64_t q_stride, const void* k_cache, const void* v_cache,
                      int64_t kv_type, const int32_t* tables, int64_t table_stride, const int32_t* seq_lens,
                      const int32_t* query_start, int64_t num_seqs, int64_t heads, int64_t kv_heads,
                      int64_t head_dim, float scale, int64_t window, float softcap, float* out,
                      int64_t out_stride) {
-    const Arguments arguments{q,        q_stride, tables, table_stride, seq_lens, query_start, num_seqs,  heads,
-                              kv_heads, head_dim, scale,  window,       softcap,  out,         out_stride};
-    if (kv_type == 0) Kernel<float>(arguments, (const float*)k_cache, (const float*)v_cache).run();
-    if (kv_type == 1) Kernel<Half>(arguments, (const Half*)k_cache, (const Half*)v_cache).run();
-    if (kv_type == 2) Kernel<BFloat>(arguments, (const BFloat*)k_cache, (const BFloat*)v_cache).run();
+    AttentionPlan plan({tables, table_stride, seq_lens, query_start, num_seqs, heads, kv_heads, head_dim, scale,
+                        window, softcap});
+    run_team(plan.work > kSerialWork, [&](Team& team) {
+        paged_attention(team, plan, q, q_stride, k_cache, v_cache, kv_type, out, out_stride);
+    });
 }
 
 }  // namespace minivllm::ISA

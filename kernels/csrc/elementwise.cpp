@@ -3,6 +3,7 @@
 #include "elementwise.h"
 
 #include "kernels.h"
+#include "parts.h"
 
 namespace minivllm::ISA {
 
@@ -35,10 +36,9 @@ void rotate_row(const float* from, const float* cos, const float* sin, float* to
 }
 
 template <class T>
-void rope_and_write(float* heads, const float* cos, const float* sin, T* k_cache, T* v_cache,
+void rope_and_write(Team& team, float* heads, const float* cos, const float* sin, T* k_cache, T* v_cache,
                     const int64_t* slots, int64_t tokens, int64_t num_heads, int64_t kv_heads, int64_t head_dim) {
-#pragma omp parallel for schedule(static) if (tokens >= kParallelTokens)
-    for (int64_t t = 0; t < tokens; ++t) {
+    team.share(tokens, kParallelTokens / 2, [&](int64_t t) {
         const float *c = cos + t * head_dim, *s = sin + t * head_dim;
         float* row = heads + t * num_heads * head_dim;
         for (int64_t h = 0; h < num_heads - 2 * kv_heads; ++h, row += head_dim) rotate_row(row, c, s, row, head_dim);
@@ -50,7 +50,7 @@ void rope_and_write(float* heads, const float* cos, const float* sin, T* k_cache
             write_row(rotated, k_cache + place, head_dim);
             write_row(row + kv_heads * head_dim, v_cache + place, head_dim);
         }
-    }
+    });
 }
 
 }  // namespace
@@ -70,15 +70,24 @@ void silu_and_mul(const float* gate_up, float* out, int64_t tokens, int64_t size
     for (int64_t t = 0; t < tokens; ++t) silu_and_mul_row(gate_up + t * 2 * size, out + t * size, size);
 }
 
-void rope_and_write_kv(float* heads, const float* cos, const float* sin, void* k_cache, void* v_cache,
-                       int64_t kv_type, const int64_t* slots, int64_t tokens, int64_t num_heads,
-                       int64_t kv_heads, int64_t head_dim) {
+void rope_and_write_kv(Team& team, float* heads, const float* cos, const float* sin, void* k_cache, void* v_cache,
+                       int64_t kv_type, const int64_t* slots, int64_t tokens, int64_t num_heads, int64_t kv_heads,
+                       int64_t head_dim) {
     auto run = [&](auto* k, auto* v) {
-        rope_and_write(heads, cos, sin, k, v, slots, tokens, num_heads, kv_heads, head_dim);
+        rope_and_write(team, heads, cos, sin, k, v, slots, tokens, num_heads, kv_heads, head_dim);
     };
     if (kv_type == 0) run((float*)k_cache, (float*)v_cache);
     if (kv_type == 1) run((Half*)k_cache, (Half*)v_cache);
     if (kv_type == 2) run((BFloat*)k_cache, (BFloat*)v_cache);
+}
+
+void rope_and_write_kv(float* heads, const float* cos, const float* sin, void* k_cache, void* v_cache,
+                       int64_t kv_type, const int64_t* slots, int64_t tokens, int64_t num_heads, int64_t kv_heads,
+                       int64_t head_dim) {
+    run_team(tokens >= kParallelTokens, [&](Team& team) {
+        rope_and_write_kv(team, heads, cos, sin, k_cache, v_cache, kv_type, slots, tokens, num_heads, kv_heads,
+                          head_dim);
+    });
 }
 
 }  // namespace minivllm::ISA

@@ -10,7 +10,7 @@
 #include "dot.h"
 #include "elementwise.h"
 #include "kernels.h"
-#include "threads.h"
+#include "parts.h"
 
 namespace minivllm::ISA {
 
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kBlockGroups = 16;   // groups that are unpacked at once: they stay in the L1 cache
 constexpr int64_t kBlockTokens = 128;  // tokens that pass over them: their activations stay in L2
-constexpr int64_t kSerialTokens = 4;   // fewer are quantised before the other threads are woken
+constexpr int64_t kTokensAtATime = 4;  // that a thread quantises
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -110,97 +110,123 @@ void multiply_panel(const uint8_t* panel, const Activations<Bits>& a, int64_t be
 
 // make_row(token, scratch) returns one token's `columns` floats, computed into the scratch or not.
 template <int Bits, class MakeRow>
-void multiply_bits(MakeRow make_row, const uint8_t* blocks, int64_t rows, int64_t columns, const float* bias,
-                   float* out, int64_t tokens) {
+void multiply_bits(Team& team, ActivationMemory& memory, MakeRow make_row, const Matrix& weight, float* out,
+                   int64_t tokens) {
+    const int64_t rows = weight.rows, columns = weight.columns;
     const int64_t groups = ceil_div(columns, kGroup), panels = ceil_div(rows, kPanel);
-    static thread_local std::vector<Value<Bits>> value_memory;
-    static thread_local std::vector<float> scale_memory;
-    static thread_local std::vector<int32_t> sum_memory;
-    Value<Bits>* values = scratch(value_memory, tokens * groups * kGroup);
-    float* scales = scratch(scale_memory, 2 * tokens * groups);
-    float* scaled_sums = scales + tokens * groups;
-    int32_t* value_sums = scratch(sum_memory, tokens * groups);
-    const Activations<Bits> activations{values, scales, scaled_sums, value_sums, groups};
-
-    auto quantize = [&](int64_t token) {
+    Value<Bits>* values = reinterpret_cast<Value<Bits>*>(memory.values.data());
+    const Activations<Bits> activations{values, memory.scales.data(), memory.scaled_sums.data(), memory.sums.data(),
+                                        groups};
+    team.share(tokens, kTokensAtATime, [&](int64_t token) {
         static thread_local std::vector<float> row_memory;
         const float* row = make_row(token, scratch(row_memory, columns));
-        int64_t at = token * groups;
-        quantize_row(row, columns, groups, values + at * kGroup, scales + at, scaled_sums + at, value_sums + at);
-    };
-    const bool is_serial = tokens <= kSerialTokens;
-    if (is_serial)
-        for (int64_t token = 0; token < tokens; ++token) quantize(token);
+        const int64_t at = token * groups;
+        quantize_row(row, columns, groups, values + at * kGroup, &memory.scales[at], &memory.scaled_sums[at],
+                     &memory.sums[at]);
+    });
 
     const int64_t panel_bytes = groups * kBlockBytes<Bits>;
     const int64_t items = ceil_div(tokens, kBlockTokens) * panels;
     // Threads take a few panels at a time, so that one that another program slowed down takes fewer.
-    const int64_t chunk = std::max<int64_t>(1, panels / ((is_serial ? 4 : 32) * num_threads()));
-#pragma omp parallel
-    {
-        if (!is_serial) {
-#pragma omp for schedule(dynamic, 4)
-            for (int64_t token = 0; token < tokens; ++token) quantize(token);
-        }
-        alignas(64) float sums[kBlockTokens * kPanel];
-#pragma omp for schedule(dynamic, chunk) nowait
-        for (int64_t item = 0; item < items; ++item) {
-            int64_t begin = item / panels * kBlockTokens, end = std::min(begin + kBlockTokens, tokens);
-            int64_t panel = item % panels, row = panel * kPanel, count = std::min<int64_t>(kPanel, rows - row);
-            multiply_panel<Bits>(blocks + panel * panel_bytes, activations, begin, end, sums);
-            for (int64_t token = begin; token < end; ++token) {
-                const float* from = sums + (token - begin) * kPanel;
-                float* to = out + token * rows + row;
-                if (count == kPanel && !bias) {
-                    for (int i = 0; i < kPanel; i += kLanes) store(to + i, load(from + i));
-                } else {
-                    for (int64_t i = 0; i < count; ++i) to[i] = bias ? from[i] + bias[row + i] : from[i];
-                }
+    const int64_t chunk = std::max<int64_t>(1, panels / ((tokens <= kTokensAtATime ? 4 : 32) * num_threads()));
+    alignas(64) float sums[kBlockTokens * kPanel];
+    team.share(items, chunk, [&](int64_t item) {
+        int64_t begin = item / panels * kBlockTokens, end = std::min(begin + kBlockTokens, tokens);
+        int64_t panel = item % panels, row = panel * kPanel, count = std::min<int64_t>(kPanel, rows - row);
+        multiply_panel<Bits>(weight.blocks + panel * panel_bytes, activations, begin, end, sums);
+        for (int64_t token = begin; token < end; ++token) {
+            const float* from = sums + (token - begin) * kPanel;
+            float* to = out + token * rows + row;
+            if (count == kPanel && !weight.bias) {
+                for (int i = 0; i < kPanel; i += kLanes) store(to + i, load(from + i));
+            } else {
+                for (int64_t i = 0; i < count; ++i) to[i] = weight.bias ? from[i] + weight.bias[row + i] : from[i];
             }
         }
-    }
+    });
 }
 
 template <class MakeRow>
-void multiply(MakeRow make_row, const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns,
-              const float* bias, float* out, int64_t tokens) {
-    auto of_bits = bits == 4 ? multiply_bits<4, MakeRow> : multiply_bits<8, MakeRow>;
-    of_bits(make_row, blocks, rows, columns, bias, out, tokens);
+void multiply(Team& team, ActivationMemory& memory, MakeRow make_row, const Matrix& weight, float* out,
+              int64_t tokens) {
+    auto of_bits = weight.bits == 4 ? multiply_bits<4, MakeRow> : multiply_bits<8, MakeRow>;
+    of_bits(team, memory, make_row, weight, out, tokens);
+}
+
+// work(team, memory) by all threads, for products of this size.
+template <class Work>
+void with_memory(int64_t tokens, int64_t columns, Work work) {
+    static thread_local ActivationMemory kept;
+    ActivationMemory& memory = kept;  // this thread's, for all of them
+    memory.reserve(tokens, columns);
+    run_team(true, [&](Team& team) { work(team, memory); });
 }
 
 }  // namespace
 
-void linear(const float* x, const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns,
-            const float* bias, float* out, int64_t tokens) {
-    multiply([=](int64_t token, float*) { return x + token * columns; }, blocks, bits, rows, columns, bias, out,
-             tokens);
+void ActivationMemory::reserve(int64_t tokens, int64_t columns) {
+    const int64_t groups = tokens * ceil_div(columns, kGroup);
+    scratch(values, groups * kGroup);
+    scratch(scales, groups);
+    scratch(scaled_sums, groups);
+    scratch(sums, groups);
+}
+
+void linear(Team& team, ActivationMemory& memory, const float* x, const Matrix& weight, float* out, int64_t tokens) {
+    auto take = [=](int64_t token, float*) { return x + token * weight.columns; };
+    multiply(team, memory, take, weight, out, tokens);
+}
+
+void rms_norm_linear(Team& team, ActivationMemory& memory, const float* x, const float* residual,
+                     const float* norm_weight, float eps, float* sum, const Matrix& weight, float* out,
+                     int64_t tokens) {
+    auto norm = [=](int64_t token, float* row) {
+        int64_t at = token * weight.columns;
+        rms_norm_row(x + at, residual ? residual + at : nullptr, norm_weight, eps, row, sum ? sum + at : nullptr,
+                     weight.columns);
+        return row;
+    };
+    multiply(team, memory, norm, weight, out, tokens);
+}
+
+void silu_and_mul_linear(Team& team, ActivationMemory& memory, const float* gate_up, const Matrix& weight, float* out,
+                         int64_t tokens) {
+    auto activate = [=](int64_t token, float* row) {
+        silu_and_mul_row(gate_up + token * 2 * weight.columns, row, weight.columns);
+        return row;
+    };
+    multiply(team, memory, activate, weight, out, tokens);
+}
+
+void linear(const float* x, const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns, const float* bias,
+            float* out, int64_t tokens) {
+    const Matrix weight{blocks, bits, rows, columns, bias};
+    with_memory(tokens, columns, [&](Team& team, ActivationMemory& memory) {
+        linear(team, memory, x, weight, out, tokens);
+    });
 }
 
 void rms_norm_linear(const float* x, const float* residual, const float* norm_weight, float eps, float* sum,
                      const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns, const float* bias,
                      float* out, int64_t tokens) {
-    auto norm = [=](int64_t token, float* row) {
-        int64_t at = token * columns;
-        rms_norm_row(x + at, residual ? residual + at : nullptr, norm_weight, eps, row, sum ? sum + at : nullptr,
-                     columns);
-        return row;
-    };
-    multiply(norm, blocks, bits, rows, columns, bias, out, tokens);
+    const Matrix weight{blocks, bits, rows, columns, bias};
+    with_memory(tokens, columns, [&](Team& team, ActivationMemory& memory) {
+        rms_norm_linear(team, memory, x, residual, norm_weight, eps, sum, weight, out, tokens);
+    });
 }
 
-void silu_and_mul_linear(const float* gate_up, const uint8_t* blocks, int64_t bits, int64_t rows,
-                         int64_t columns, const float* bias, float* out, int64_t tokens) {
-    auto activate = [=](int64_t token, float* row) {
-        silu_and_mul_row(gate_up + token * 2 * columns, row, columns);
-        return row;
-    };
-    multiply(activate, blocks, bits, rows, columns, bias, out, tokens);
+void silu_and_mul_linear(const float* gate_up, const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns,
+                         const float* bias, float* out, int64_t tokens) {
+    const Matrix weight{blocks, bits, rows, columns, bias};
+    with_memory(tokens, columns, [&](Team& team, ActivationMemory& memory) {
+        silu_and_mul_linear(team, memory, gate_up, weight, out, tokens);
+    });
 }
 
 void embedding(const int64_t* ids, const uint8_t* blocks, int64_t bits, int64_t columns, float* out,
                int64_t tokens) {
     const int64_t groups = ceil_div(columns, kGroup), block_bytes = bits == 4 ? kBlockBytes<4> : kBlockBytes<8>;
-#pragma omp parallel for schedule(static) if (tokens > kSerialTokens)
+#pragma omp parallel for schedule(static) if (tokens > kTokensAtATime)
     for (int64_t token = 0; token < tokens; ++token) {
         const int64_t lane = ids[token] % kPanel;
         const uint8_t* panel = blocks + ids[token] / kPanel * groups * block_bytes;

@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 #include "simd.h"
-#include "threads.h"
+#include "team.h"
 
 namespace minivllm::ISA {
 

@@ -416,8 +416,7 @@ def _layer_row(
         weight: PackedWeight = getattr(layer, name)
         if weight.shape != shapes[name]:
             raise ValueError(f"decoder_layers: {name} must be {shapes[name]}, got {weight.shape}")
-        blocks, bits, rows, _ = weight.arguments
-        row += blocks, bits, _address(bias, rows)
+        row += *weight.arguments, _address(bias, weight.rows)
     for tensor in (cache.k_PKSD, cache.v_PKSD):
         if tensor.shape != first_k_PKSD.shape or tensor.dtype != first_k_PKSD.dtype:
             raise ValueError(

@@ -200,3 +200,31 @@ def test_layers_that_do_not_fit_are_refused(backend: Backend, rng: np.random.Gen
         run(replace(layer, o_bias=torch.ones(47)), cache)
     with pytest.raises(ValueError, match=r"^decoder_layers: 2 tokens of 2 sequences, .* don't fit together"):
         run(layer, cache, num_slots=3)
+
+
+def test_more_threads_than_cores(backend: Backend, rng: np.random.Generator) -> None:
+    """Threads that come late, or are put off in the midst of their work, change nothing."""
+    if not backend.is_cpp:
+        pytest.skip("torch's threads")
+    case, size = make_case(rng, backend.device, [(700, 1), (90, 20)]), 48
+    num_tokens, _, head_dim = case.q_THD.shape
+    layers = [make_layer(rng, backend, case, size, 4, True) for _ in range(3)]
+    x = normal(rng, num_tokens, size, dtype=torch.float32, device=backend.device)
+    cos, sin = normal(rng, 2, num_tokens, head_dim, dtype=torch.float32, device=backend.device)
+    slots, caches = slots_of(case), [LayerCache(case.k_cache_PKSD, case.v_cache_PKSD)] * 3
+    tables = case.block_tables_BM, case.seq_lens_B, case.query_start_B1
+
+    def run() -> torch.Tensor:
+        out, _ = backend.kernels.decoder_layers(
+            x.clone(), layers, caches, cos, sin, slots, *tables, eps=1e-5, scale=0.3
+        )
+        return out
+
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = run()
+        torch.set_num_threads(8)
+        assert all(same_bits(run(), want) for _ in range(50))
+    finally:
+        torch.set_num_threads(num_threads)

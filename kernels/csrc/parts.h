@@ -1,0 +1,88 @@
+// What a decoder layer consists of, for the threads of one team: each of them calls each part.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "team.h"
+
+namespace minivllm::ISA {
+
+// A packed weight [rows, columns], and a bias or null.
+struct Matrix {
+    const uint8_t* blocks;
+    int64_t bits, rows, columns;
+    const float* bias;
+};
+
+// A product's quantised activations, for one product after the other.
+struct ActivationMemory {
+    std::vector<int16_t> values;  // or int8_t
+    std::vector<float> scales, scaled_sums;
+    std::vector<int32_t> sums;
+
+    // Make room for so many tokens of so many columns.
+    void reserve(int64_t tokens, int64_t columns);
+};
+
+// linear.cpp
+void linear(Team& team, ActivationMemory& memory, const float* x, const Matrix& weight, float* out, int64_t tokens);
+void rms_norm_linear(Team& team, ActivationMemory& memory, const float* x, const float* residual,
+                     const float* norm_weight, float eps, float* sum, const Matrix& weight, float* out,
+                     int64_t tokens);
+void silu_and_mul_linear(Team& team, ActivationMemory& memory, const float* gate_up, const Matrix& weight, float* out,
+                         int64_t tokens);
+
+// elementwise.cpp
+void rope_and_write_kv(Team& team, float* heads, const float* cos, const float* sin, void* k_cache, void* v_cache,
+                       int64_t kv_type, const int64_t* slots, int64_t tokens, int64_t num_heads, int64_t kv_heads,
+                       int64_t head_dim);
+
+// attention.cpp. The batch, the same for all layers of a step:
+struct AttentionBatch {
+    const int32_t* tables;
+    int64_t table_stride;
+    const int32_t *seq_lens, *query_start;
+    int64_t num_seqs, heads, kv_heads, head_dim;
+    float scale;
+    int64_t window;  // tokens that a query sees, itself included
+    float softcap;   // 0: none
+
+    int64_t group() const { return heads / kv_heads; }
+    // The first key that a query at this position sees.
+    int64_t window_begin(int64_t position) const { return std::max<int64_t>(0, position + 1 - window); }
+};
+
+// The work of one tile: rows [row, row + rows) of sequence and KV head. Row r is the sequence's query
+// r / group, in the head's r % group-th query head.
+struct AttentionTile {
+    int32_t sequence, kv_head, row, rows;
+    int32_t first_range, end_range;  // the ranges of keys that any of its rows sees
+
+    int32_t num_ranges() const { return end_range - first_range; }
+};
+
+// How a batch's attention is divided among threads.
+struct AttentionPlan {
+    // One range of one tile's keys.
+    struct Item {
+        int64_t tile;
+        int32_t range;
+    };
+
+    explicit AttentionPlan(const AttentionBatch& batch);
+
+    AttentionBatch batch;
+    std::vector<AttentionTile> tiles;
+    int64_t work = 0;  // rows times ranges
+    // Where there are fewer tiles than threads could use: the ranges of all of them, where each tile's begin, and
+    // memory for a result of each. Empty otherwise.
+    std::vector<Item> items;
+    std::vector<int64_t> first_item;
+    std::vector<float> partials;
+};
+
+void paged_attention(Team& team, AttentionPlan& plan, const float* q, int64_t q_stride, const void* k_cache,
+                     const void* v_cache, int64_t kv_type, float* out, int64_t out_stride);
+
+}  // namespace minivllm::ISA
