@@ -61,12 +61,14 @@ INLINE int32_t load_pair(const int16_t* from) {
     return pair;
 }
 
-// Some of a group's activations, in the order in which dot products want them.
+// A group's activations, in the order in which dot products want them.
 template <class T>
-INLINE void store_values(VecInt values, T* to) {
+INLINE void store_group(const VecInt* values, T* to) {
     typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
-    Narrow narrow = __builtin_convertvector(values, Narrow);
-    std::memcpy(to, &narrow, sizeof narrow);
+    for (int i = 0; i < kGroup / kLanes; ++i) {
+        Narrow narrow = __builtin_convertvector(values[i], Narrow);
+        std::memcpy(to + i * kLanes, &narrow, sizeof narrow);
+    }
 }
 
 // All of a loop of a fixed count, and its sums kept in registers in the order that is written: GCC would
@@ -137,12 +139,24 @@ constexpr int kTileTokens = 4;
 template <int Bits>
 constexpr int kUnpackedBytes = kPanel * kGroup * (Bits == 4 ? 1 : 2);
 
+// Packing works within the halves of a vector: the order of fours is mended at the end.
+template <>
+INLINE void store_group(const VecInt* values, int8_t* to) {
+    const __m256i* v = (const __m256i*)values;
+    __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i*)to, packed);
+}
+
 // 16-bit activations go in the order 0 2 1 3: the even bytes of a quad, then the odd ones, become 16 bits
 // by a mask and a shift.
 template <>
-INLINE void store_values(VecInt values, int16_t* to) {
-    __m256i v = _mm256_shuffle_epi32((__m256i)values, _MM_SHUFFLE(3, 1, 2, 0));
-    _mm_storeu_si128((__m128i*)to, _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+INLINE void store_group(const VecInt* values, int16_t* to) {
+    for (int i = 0; i < kGroup / kLanes; ++i) {
+        __m256i v = _mm256_shuffle_epi32((__m256i)values[i], _MM_SHUFFLE(3, 1, 2, 0));
+        __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+        _mm_storeu_si128((__m128i*)(to + i * kLanes), packed);
+    }
 }
 
 INLINE __m256i load_bytes(const uint8_t* from) { return _mm256_loadu_si256((const __m256i*)from); }

@@ -31,9 +31,7 @@ INLINE float largest_magnitude(const float* from) {
         bits &= 0x7FFFFFFF;
         largest = bits > largest ? bits : largest;
     }
-    int32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits = std::max<int32_t>(bits, largest[i]);
-    return as_float(bits);
+    return as_float(max_lanes(largest));
 }
 
 // One token's row to integers, group by group; columns past the row's end are zero.
@@ -56,12 +54,12 @@ void quantize_row(const float* x, int64_t columns, int64_t groups, T* values, fl
             continue;
         }
         float inverse = amax > 1e-30f ? levels / amax : 0.0f;  // what is less is zero: no inverse overflows
-        VecInt total = {};
-        for (int i = 0; i < kGroup; i += kLanes) {
-            VecInt rounded = round_to_int(load(from + i) * inverse);
-            total += rounded;
-            store_values(rounded, values + g * kGroup + i);
+        VecInt rounded[kGroup / kLanes], total = {};
+        for (int i = 0; i < kGroup / kLanes; ++i) {
+            rounded[i] = round_to_int(load(from + i * kLanes) * inverse);
+            total += rounded[i];
         }
+        store_group(rounded, values + g * kGroup);
         const int32_t sum = sum_lanes(total);
         scales[g] = amax / levels;
         scaled_sums[g] = scales[g] * float(sum);

@@ -97,6 +97,18 @@ INLINE void sum_lanes4(const Vec* v, float* to) {
 #endif
 }
 
+INLINE int32_t max_lanes(VecInt v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    __m128i two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 1)));
+#else
+    int32_t largest = v[0];
+    for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+    return largest;
+#endif
+}
+
 // Whether a comparison holds in any lane.
 INLINE bool any(VecInt is_true) {
 #if defined(__AVX512F__)
