@@ -27,9 +27,10 @@ _LONGEST_RETRY = 60
 class Ticket:
     """One request's place, from its arrival to the end of its answer."""
 
-    def __init__(self, room: WaitingRoom, number: int) -> None:
+    def __init__(self, room: WaitingRoom, number: int, arrived: float) -> None:
         self._room = room
         self._number = number
+        self.arrived = arrived
         self.ids: frozenset[str] = frozenset()
         """What clients may call the request by."""
         self.owner = ""
@@ -52,12 +53,17 @@ class Ticket:
         self._room.check_tokens(num_tokens)
         self.num_prompt_tokens = num_tokens
 
+    def check_deadline(self, seconds_left: float | None) -> None:
+        """Raise OverloadedError where those in front will take longer than its client waits."""
+        if seconds_left is not None:
+            self._room.check_deadline(self, seconds_left)
+
     def start(self) -> None:
         """The engine has begun with it."""
         if self.is_waiting:
             self.is_waiting = False
             self.num_used_tokens += self.num_prompt_tokens
-            self._room.note_start()
+            self._room.note_start(self)
 
 
 class WaitingRoom:
@@ -83,7 +89,8 @@ class WaitingRoom:
         self._clock = clock
         self._tickets: dict[Ticket, None] = {}
         self._num_entered = 0
-        self._starts: deque[float] = deque(maxlen=256)
+        self._starts: deque[tuple[float, float]] = deque(maxlen=256)
+        """When the engine began with somebody, and after how many seconds at the head of the queue."""
 
     def enter(self) -> Ticket:
         """Count one more. Raises OverloadedError where too many wait; always :meth:`leave` otherwise."""
@@ -94,7 +101,7 @@ class WaitingRoom:
                     f"{num_waiting} requests are waiting, and at most {self.max_requests} may "
                     "(--max-waiting-requests)"
                 )
-        ticket = Ticket(self, self._num_entered)
+        ticket = Ticket(self, self._num_entered, self._clock())
         self._num_entered += 1
         self._tickets[ticket] = None
         return ticket
@@ -117,9 +124,24 @@ class WaitingRoom:
                 f"it would be more than {limit} (--max-waiting-tokens)"
             )
 
-    def note_start(self) -> None:
-        """The engine has begun with one."""
-        self._starts.append(self._clock())
+    def check_deadline(self, ticket: Ticket, seconds_left: float) -> None:
+        """Raise OverloadedError where those in front of the ticket will take longer than that.
+
+        Those of the same owner: whatever the order between owners, they are before it.
+        """
+        own = [other for other in self.waiting() if other.owner == ticket.owner]
+        num_in_front = own.index(ticket)
+        estimate = self.seconds_until_start(num_in_front)
+        if estimate is not None and estimate > seconds_left:
+            self._refuse(
+                f"{num_in_front} of your requests are in front, which take about {estimate:.1f} s, and the client "
+                f"waits {seconds_left:.1f} s (timeout)"
+            )
+
+    def note_start(self, ticket: Ticket) -> None:
+        """The engine has begun with it."""
+        now, previous = self._clock(), self._starts[-1][0] if self._starts else ticket.arrived
+        self._starts.append((now, now - max(previous, ticket.arrived)))
 
     def find(self, id: str, owner: str) -> Ticket | None:
         """The owner's request of that id, if it is still being answered."""
@@ -128,14 +150,14 @@ class WaitingRoom:
     def seconds_until_start(self, position: int) -> float | None:
         """An estimate for the ``position``-th of those who wait; None where nothing has started lately.
 
-        From the starts of the last minute: a queue that is longer than that moves on as it did.
+        From how long each of the last minute's starts was the next one: while nobody waits, no time counts.
         """
         now = self._clock()
-        while self._starts and self._starts[0] < now - _RATE_SECONDS:
+        while self._starts and self._starts[0][0] < now - _RATE_SECONDS:
             self._starts.popleft()
         if not self._starts:
             return None
-        return position * max(now - self._starts[0], 0.001) / len(self._starts)
+        return position * sum(seconds for _, seconds in self._starts) / len(self._starts)
 
     def _refuse(self, reason: str) -> None:
         self.num_refused += 1

@@ -124,6 +124,7 @@ async def _generate(
         raise
     num_prompt_tokens = sum(len(sample.prompt_token_ids) for sample in samples[::samples_per_prompt])
     ticket.bring_prompts(num_prompt_tokens)
+    ticket.check_deadline(deadline.seconds_left())
     if context.rate_limit is not None:
         num_tokens = num_prompt_tokens + sum(sample.sampling.max_tokens or 0 for sample in samples)
         ticket.num_taken_tokens = context.rate_limit.take(ticket.owner, num_tokens)

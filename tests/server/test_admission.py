@@ -159,24 +159,79 @@ def test_an_aborted_or_refused_request_leaves_no_trace() -> None:
 
 def test_estimates_follow_the_queue() -> None:
     clock = Clock()
-    room = WaitingRoom(max_requests=2, clock=clock)
+    room = WaitingRoom(max_requests=10, clock=clock)
     assert room.seconds_until_start(1) is None
-    for _ in range(10):
+    tickets = [room.enter() for _ in range(10)]
+    for ticket in tickets:
         clock.now += 2.0
-        ticket = room.enter()
         ticket.start()
         room.leave(ticket)
     estimate = room.seconds_until_start(5)
     assert estimate is not None
-    assert math.isclose(estimate, 9.0)  # 10 starts in the 18 s since the first
-    room.enter()
-    room.enter()
+    assert math.isclose(estimate, 10.0)
+    clock.now += 20
+    assert room.seconds_until_start(5) == estimate, "nobody waited"
+    for _ in range(10):
+        room.enter()
     with pytest.raises(OverloadedError) as error:
         room.enter()
     assert error.value.retry_after == 2
     assert room.num_refused == 1
     clock.now += 1000
     assert room.seconds_until_start(1) is None
+
+
+def test_who_can_t_be_begun_in_time_is_refused() -> None:
+    clock = Clock()
+    room = WaitingRoom(clock=clock)
+    tickets = [room.enter() for _ in range(4)]
+    tickets[-1].check_deadline(0.001)  # nobody knows yet
+    for ticket in tickets[:2]:
+        clock.now += 3.0
+        ticket.start()
+    third, fourth = tickets[2:]
+    third.check_deadline(0.001)  # it is the next one
+    fourth.check_deadline(3.1)
+    fourth.check_deadline(None)
+    stranger = room.enter()
+    stranger.owner = "another key"
+    stranger.check_deadline(0.001)  # with --fairness it may be the next one
+    with pytest.raises(
+        OverloadedError, match=r"1 of your requests are in front, .* 3\.0 s, .* waits 2\.9 s"
+    ) as error:
+        fourth.check_deadline(2.9)
+    assert error.value.retry_after == 3
+    assert room.num_refused == 1
+
+
+def test_a_request_that_would_be_late_is_not_begun() -> None:
+    async def run() -> None:
+        engine = GatedEngine()
+        async with serving(engine, ServerConfig()) as client:
+            first = asyncio.create_task(
+                client.post("/v1/completions", json=WAITS, headers={"X-Request-Id": "first"})
+            )
+            await until_waiting(client, "first")
+            await asyncio.sleep(0.1)  # so much, at least, does a start take here
+            engine.gate.set()
+            assert (await first).status_code == 200
+            engine.gate.clear()
+            others = [
+                asyncio.create_task(
+                    client.post("/v1/completions", json=WAITS, headers={"X-Request-Id": str(number)})
+                )
+                for number in range(3)
+            ]
+            for number in range(3):
+                await until_waiting(client, str(number))
+            late = await client.post("/v1/completions", json={**WAITS, "timeout": 0.2})
+            assert late.status_code == 503
+            assert "3 of your requests are in front" in late.json()["error"]["message"]
+            assert int(late.headers["Retry-After"]) >= 1
+            engine.gate.set()
+            assert {answer.status_code for answer in await asyncio.gather(*others)} == {200}
+
+    asyncio.run(run())
 
 
 def test_a_key_s_tokens_in_a_minute() -> None:
