@@ -32,8 +32,9 @@ install: .venv/installed
 bench: .venv/installed-bench
 	@.venv/bin/minivllm bench $(ARGS)
 
+# Two files at a time; ARGS="-n 0" for one, and for a debugger.
 test: .venv/installed-test
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Needs torch, triton, transformers, safetensors, tokenizers, numpy, pytest and hypothesis.
 test-gpu:
