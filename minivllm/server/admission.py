@@ -134,8 +134,8 @@ class WaitingRoom:
         estimate = self.seconds_until_start(num_in_front)
         if estimate is not None and estimate > seconds_left:
             self._refuse(
-                f"{num_in_front} of your requests are in front, which take about {estimate:.1f} s, and the client "
-                f"waits {seconds_left:.1f} s (timeout)"
+                f"{num_in_front} of your requests are in front, which take about {estimate:.1f} s, and "
+                f"the client waits {seconds_left:.1f} s (timeout)"
             )
 
     def note_start(self, ticket: Ticket) -> None:
