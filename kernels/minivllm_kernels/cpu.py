@@ -18,7 +18,7 @@ import torch  # before the extension, whose OpenMP calls then end up in torch's 
 import torch.nn.functional as F
 
 from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, check_paged_attention
-from minivllm_kernels.layers import LayerCache, LayerWeights, Weight
+from minivllm_kernels.layers import LayerCache, LayerWeights, Weight, address
 from minivllm_kernels.packed import PackedWeight
 
 try:
@@ -66,7 +66,11 @@ class CppBackend(KernelBackend):
         x_TN = _rows("x_TN", x_TN, weight.columns)
         out = torch.empty(x_TN.shape[0], weight.rows)
         self._linear(
-            x_TN.data_ptr(), *weight.arguments, _address(bias, weight.rows), out.data_ptr(), x_TN.shape[0]
+            x_TN.data_ptr(),
+            *weight.arguments,
+            address(bias, weight.rows),
+            out.data_ptr(),
+            x_TN.shape[0],
         )
         return out
 
@@ -88,11 +92,11 @@ class CppBackend(KernelBackend):
         self._rms_norm_linear(
             x_TN.data_ptr(),
             residual,
-            _address(norm_weight_N, weight.columns),
+            address(norm_weight_N, weight.columns),
             eps,
             residual,  # where the sum goes: no second tensor, no second stretch of memory
             *weight.arguments,
-            _address(bias, weight.rows),
+            address(bias, weight.rows),
             out.data_ptr(),
             num_tokens,
         )
@@ -108,7 +112,7 @@ class CppBackend(KernelBackend):
         self._silu_and_mul_linear(
             gate_up_TI2.data_ptr(),
             *weight.arguments,
-            _address(bias, weight.rows),
+            address(bias, weight.rows),
             out.data_ptr(),
             out.shape[0],
         )
@@ -133,7 +137,7 @@ class CppBackend(KernelBackend):
         self._rms_norm(
             x_TN.data_ptr(),
             residual,
-            _address(weight_N, x_TN.shape[1]),
+            address(weight_N, x_TN.shape[1]),
             eps,
             normed_TN.data_ptr(),
             sum_TN.data_ptr() if residual else 0,
@@ -246,14 +250,15 @@ class CppBackend(KernelBackend):
                 x_TN, layers, caches, cos_TD, sin_TD, slots_T, block_tables_BM, seq_lens_B, query_start_B1,
                 eps=eps, scale=scale, sliding_window=sliding_window,
             )  # fmt: skip
-        num_kv_heads, block_size, head_dim = caches[0].k_PKSD.shape[1:]
-        hidden_size, num_heads = x_TN.shape[1], layers[0].o.shape[1] // head_dim
-        num_tokens, num_seqs = x_TN.shape[0], seq_lens_B.shape[0]
+        kind, sizes = caches[0].kind, layers[0].sizes
+        (_, num_kv_heads, block_size, head_dim), (hidden_size, qkv_rows, q_rows, inner_size) = kind[0], sizes
         x_TN = _rows("x_TN", x_TN, hidden_size)
+        num_tokens, num_seqs = x_TN.shape[0], seq_lens_B.shape[0]
         if not (
-            block_size == BLOCK_SIZE
+            qkv_rows == q_rows + 2 * num_kv_heads * head_dim
+            and q_rows % (num_kv_heads * head_dim) == 0
+            and block_size == BLOCK_SIZE
             and head_dim <= _MAX_HEAD_DIM
-            and num_heads % num_kv_heads == 0
             and cos_TD.shape == sin_TD.shape == (num_tokens, head_dim)
             and slots_T.shape == (num_tokens,)
             and block_tables_BM.shape[:-1] == (num_seqs,)
@@ -261,19 +266,18 @@ class CppBackend(KernelBackend):
             and block_tables_BM.dtype == seq_lens_B.dtype == query_start_B1.dtype == torch.int32
         ):
             raise ValueError(
-                f"decoder_layers: {num_tokens} tokens of {num_seqs} sequences, caches "
-                f"{tuple(caches[0].k_PKSD.shape)}, or int32 tables, don't fit together"
+                f"decoder_layers: {num_tokens} tokens of {num_seqs} sequences, qkv of {qkv_rows} rows, "
+                f"o of {q_rows} columns, caches {tuple(kind[0])}, or int32 tables, don't fit together"
             )
-        inner_size = layers[0].down.shape[1]
-        shapes = {
-            "qkv": ((num_heads + 2 * num_kv_heads) * head_dim, hidden_size),
-            "o": (hidden_size, num_heads * head_dim),
-            "gate_up": (2 * inner_size, hidden_size),
-            "down": (hidden_size, inner_size),
-        }
         table = array("q")
         for layer, cache in zip(layers, caches, strict=True):
-            table.extend(_layer_row(layer, cache, shapes, caches[0].k_PKSD))
+            if layer.sizes != sizes or cache.kind != kind:
+                raise ValueError(
+                    f"decoder_layers: all layers must be as the first, {sizes} and {kind}, "
+                    f"got {layer.sizes} and {cache.kind}"
+                )
+            table.extend(layer.arguments)
+            table.extend(cache.arguments)
         out_TN = torch.empty_like(x_TN)
         self._decoder_layers(
             table.buffer_info()[0],
@@ -283,7 +287,7 @@ class CppBackend(KernelBackend):
             num_tokens,
             hidden_size,
             inner_size,
-            num_heads,
+            q_rows // head_dim,
             num_kv_heads,
             head_dim,
             eps,
@@ -315,10 +319,10 @@ class CppBackend(KernelBackend):
         self._keep_likely(
             scores_LV.data_ptr(),
             scores_LV.stride(0),
-            _address(temperature_L, num_rows),
-            _address(min_p_L, num_rows),
-            _address(top_k_L, num_rows),
-            _address(top_p_L, num_rows),
+            address(temperature_L, num_rows),
+            address(min_p_L, num_rows),
+            address(top_k_L, num_rows),
+            address(top_p_L, num_rows),
             kept_LV.data_ptr(),
             num_rows,
             vocab_size,
@@ -338,7 +342,7 @@ class CppBackend(KernelBackend):
         self._draw(
             scores_LV.data_ptr(),
             scores_LV.stride(0),
-            _address(temperature_L, num_rows),
+            address(temperature_L, num_rows),
             0 if keys_L2 is None else keys_L2.data_ptr(),
             tokens_L.data_ptr(),
             num_rows,
@@ -399,38 +403,3 @@ def _residual(x_TN: torch.Tensor, residual_TN: torch.Tensor | None) -> int:
             f"got {residual_TN.dtype} {tuple(residual_TN.shape)}"
         )
     return residual_TN.data_ptr()
-
-
-def _layer_row(
-    layer: LayerWeights, cache: LayerCache, shapes: dict[str, tuple[int, int]], first_k_PKSD: torch.Tensor
-) -> list[int]:
-    """One ``Layer`` of ``layers.cpp``. Raises ValueError unless all has the shapes of the first layer."""
-    hidden_size = shapes["qkv"][1]
-    row = [_address(layer.attention_norm_N, hidden_size), _address(layer.mlp_norm_N, hidden_size)]
-    for name, bias in (
-        ("qkv", layer.qkv_bias),
-        ("o", layer.o_bias),
-        ("gate_up", layer.gate_up_bias),
-        ("down", layer.down_bias),
-    ):
-        weight: PackedWeight = getattr(layer, name)
-        if weight.shape != shapes[name]:
-            raise ValueError(f"decoder_layers: {name} must be {shapes[name]}, got {weight.shape}")
-        row += *weight.arguments, _address(bias, weight.rows)
-    for tensor in (cache.k_PKSD, cache.v_PKSD):
-        if tensor.shape != first_k_PKSD.shape or tensor.dtype != first_k_PKSD.dtype:
-            raise ValueError(
-                f"decoder_layers: caches must be {first_k_PKSD.dtype} {tuple(first_k_PKSD.shape)}, "
-                f"as the first, got {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        row.append(tensor.data_ptr())
-    return row
-
-
-def _address(vector: torch.Tensor | None, size: int) -> int:
-    """Of a float32 vector, or 0 for none."""
-    if vector is None:
-        return 0
-    if vector.dtype != torch.float32 or vector.shape != (size,):
-        raise ValueError(f"a vector must be float32 [{size}], got {vector.dtype} {tuple(vector.shape)}")
-    return vector.data_ptr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -12,9 +13,9 @@ Weight = torch.Tensor | PackedWeight
 """A matrix [rows, N]: a tensor, or one of 4 or 8 bits."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """Everything that one layer multiplies with; biases may be missing."""
+    """Everything that one layer multiplies with; biases may be missing. Tensors stay where they are."""
 
     attention_norm_N: torch.Tensor
     qkv: Weight
@@ -31,15 +32,71 @@ class LayerWeights:
     """[N, I]"""
     down_bias: torch.Tensor | None
 
-    @property
+    @cached_property
     def is_packed(self) -> bool:
         """Whether all matrices have 4 or 8 bits."""
         return all(isinstance(weight, PackedWeight) for weight in (self.qkv, self.o, self.gate_up, self.down))
 
+    @cached_property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N, A * D, H * D, I. Raises ValueError where the matrices don't fit together."""
+        (qkv_rows, hidden_size), inner_size = self.qkv.shape, self.down.shape[1]
+        for name, shape in (
+            ("o", (hidden_size, self.o.shape[1])),
+            ("gate_up", (2 * inner_size, hidden_size)),
+            ("down", (hidden_size, inner_size)),
+        ):
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} must be {shape}, got {tuple(getattr(self, name).shape)}")
+        return hidden_size, qkv_rows, self.o.shape[1], inner_size
 
-@dataclass(frozen=True, slots=True)
+    @cached_property
+    def arguments(self) -> list[int]:
+        """What the C++ kernels take for it, if it is packed: ``Layer`` of layers.cpp, without the caches."""
+        hidden_size = self.sizes[0]
+        row = [
+            address(self.attention_norm_N, hidden_size),
+            address(self.mlp_norm_N, hidden_size),
+        ]
+        for weight, bias in (
+            (self.qkv, self.qkv_bias),
+            (self.o, self.o_bias),
+            (self.gate_up, self.gate_up_bias),
+            (self.down, self.down_bias),
+        ):
+            assert isinstance(weight, PackedWeight)
+            row += *weight.arguments, address(bias, weight.rows)
+        return row
+
+
+@dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's share of the KV pool."""
+    """One layer's share of the KV pool. Tensors stay where they are."""
 
     k_PKSD: torch.Tensor
     v_PKSD: torch.Tensor
+
+    @cached_property
+    def kind(self) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype. Raises ValueError unless both tensors have them."""
+        k_PKSD, v_PKSD = self.k_PKSD, self.v_PKSD
+        if v_PKSD.shape != k_PKSD.shape or v_PKSD.dtype != k_PKSD.dtype:
+            raise ValueError(
+                f"v_PKSD must be as k_PKSD, {k_PKSD.dtype} {tuple(k_PKSD.shape)}, "
+                f"got {v_PKSD.dtype} {tuple(v_PKSD.shape)}"
+            )
+        return k_PKSD.shape, k_PKSD.dtype
+
+    @cached_property
+    def arguments(self) -> list[int]:
+        """Both addresses."""
+        return [self.k_PKSD.data_ptr(), self.v_PKSD.data_ptr()]
+
+
+def address(vector: torch.Tensor | None, size: int) -> int:
+    """Of a float32 vector, or 0 for none."""
+    if vector is None:
+        return 0
+    if vector.dtype != torch.float32 or vector.shape != (size,):
+        raise ValueError(f"a vector must be float32 [{size}], got {vector.dtype} {tuple(vector.shape)}")
+    return vector.data_ptr()

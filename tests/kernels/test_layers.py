@@ -191,10 +191,14 @@ def test_layers_that_do_not_fit_are_refused(backend: Backend, rng: np.random.Gen
             case.block_tables_BM, case.seq_lens_B, case.query_start_B1, eps=1e-5, scale=1.0,
         )  # fmt: skip
 
-    for name, wrong in (("down", PackedWeight(48, 96, 8)), ("qkv", PackedWeight(64, 48, 8))):
-        with pytest.raises(ValueError, match=rf"^decoder_layers: {name} must be .*, got \({wrong.rows}, "):
+    for name, wrong in (("down", PackedWeight(49, 80, 8)), ("gate_up", PackedWeight(64, 48, 8))):
+        with pytest.raises(ValueError, match=rf"^{name} must be .*, got \({wrong.rows}, "):
             run(replace(layer, **{name: wrong}), cache)
-    with pytest.raises(ValueError, match=r"^decoder_layers: caches must be .*, as the first, got"):
+    with pytest.raises(ValueError, match=r"^decoder_layers: all layers must be as the first"):
+        run(replace(layer, qkv=PackedWeight(64, 48, 8)), cache)
+    with pytest.raises(ValueError, match=r"^decoder_layers: all layers must be as the first"):
+        run(layer, LayerCache(cache.k_PKSD[:1], cache.v_PKSD[:1]))
+    with pytest.raises(ValueError, match=r"^v_PKSD must be as k_PKSD"):
         run(layer, LayerCache(cache.k_PKSD, cache.v_PKSD[:1]))
     with pytest.raises(ValueError, match=r"^a vector must be float32 \[48\]"):
         run(replace(layer, o_bias=torch.ones(47)), cache)
