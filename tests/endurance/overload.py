@@ -31,9 +31,9 @@ _FLAGS = ("--max-num-seqs", str(_NUM_SEQS), "--max-model-len", "512", "--kv-cach
 
 
 def most_waiting(rate: float, seconds: float) -> int:
-    """So many may wait where ``rate`` requests a second are answered and 99 of 100 are to wait ``seconds`` at most.
+    """So many may wait where ``rate`` requests a second end and 99 of 100 are to wait ``seconds`` at most.
 
-    The last of n waits for n others to end: n / rate on average, with a standard deviation of about sqrt(n) / rate.
+    The last of n waits for n others to end: n / rate on average, with a deviation of about sqrt(n) / rate.
     """
     root = math.sqrt(_DEVIATIONS**2 / 4 + rate * seconds) - _DEVIATIONS / 2
     return max(math.floor(root**2), 1)
