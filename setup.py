@@ -14,14 +14,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-SOURCES = (
-    "attention",
-    "elementwise",
-    "layers",
-    "linear",
-    "peak",
-    "sampling",
-)  # each once per instruction set
+# Each is compiled once per instruction set.
+SOURCES = ("attention", "elementwise", "layers", "linear", "peak", "sampling")
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Portable first: of an inline function of the standard library that several objects hold, the linker keeps
 # the first, and that one has to run on every CPU.

@@ -193,17 +193,15 @@ def quantised_linear(engine: str, x: torch.Tensor, weight: torch.Tensor) -> Call
 PRODUCTS: dict[str, Callable[[KernelBackend, torch.Tensor, PackedWeight], object]] = {
     "linear": lambda backend, x, weight: backend.linear(x, weight),
     "rms_norm_linear": lambda backend, x, weight: backend.rms_norm_linear(x, x, x[0], 1e-5, weight),
-    "silu_and_mul_linear": lambda backend, x, weight: backend.silu_and_mul_linear(x, weight),
 }
 
 
 def product_cases(backend: KernelBackend) -> Iterator[Case]:
-    """linear, and the two that do something else on the way."""
+    """linear, and what normalises on the way."""
     for bits in (4, 8):
         for kernel, name, tokens in (
             *itertools.product(["linear"], WEIGHTS, LINEAR_TOKENS),
             *itertools.product(["rms_norm_linear"], ["qkv", "gate-up"], OTHER_TOKENS),
-            *itertools.product(["silu_and_mul_linear"], ["down"], OTHER_TOKENS),
         ):
             if name != "head" or tokens <= HEAD_TOKENS:
                 rows, columns = WEIGHTS[name]
@@ -215,7 +213,7 @@ def product_cases(backend: KernelBackend) -> Iterator[Case]:
 
 def product(backend: KernelBackend, kernel: str, bits: int, name: str, tokens: int) -> Call:
     weights, function = itertools.cycle(packed_weights(bits, name)), PRODUCTS[kernel]
-    x = torch.randn(tokens, WEIGHTS[name][1] * (2 if kernel == "silu_and_mul_linear" else 1))
+    x = torch.randn(tokens, WEIGHTS[name][1])
     return lambda: function(backend, x, next(weights))
 
 

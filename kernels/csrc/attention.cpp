@@ -249,7 +249,8 @@ class Kernel {
     }
 
     // One range of a tile's keys, from scratch, into `result`.
-    void attend(const AttentionTile& tile, int32_t range, const float* q, float* work_memory, const Softmax& result) const {
+    void attend(const AttentionTile& tile, int32_t range, const float* q, float* work_memory,
+                const Softmax& result) const {
         float* scores = work_memory + kTileRows * padded_;
         float* widened = scores + kTileRows * kTileKeys;
         const int64_t group = a_.group();

@@ -42,10 +42,10 @@ using Value = std::conditional_t<Bits == 4, int8_t, int16_t>;
 // A step's activations, quantised by token and group: [tokens, groups] and [tokens, groups * 32].
 template <int Bits>
 struct Activations {
-    const Value<Bits>* values;
-    const float* scales;
-    const float* scaled_sums;  // scale * sum of the group's values
-    const int32_t* sums;       // sum of the group's values
+    Value<Bits>* values;
+    float* scales;
+    float* scaled_sums;  // scale * sum of the group's values
+    int32_t* sums;       // sum of the group's values
     int64_t groups;
 };
 

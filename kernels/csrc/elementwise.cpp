@@ -67,7 +67,10 @@ void rms_norm(const float* x, const float* residual, const float* weight, float 
 
 void silu_and_mul(const float* gate_up, float* out, int64_t tokens, int64_t size) {
 #pragma omp parallel for schedule(static) if (tokens >= kParallelTokens)
-    for (int64_t t = 0; t < tokens; ++t) silu_and_mul_row(gate_up + t * 2 * size, out + t * size, size);
+    for (int64_t t = 0; t < tokens; ++t) {
+        const float* gate = gate_up + t * 2 * size;
+        silu_and_mul_row(gate, gate + size, out + t * size, size);
+    }
 }
 
 void rope_and_write_kv(Team& team, float* heads, const float* cos, const float* sin, void* k_cache, void* v_cache,

@@ -31,9 +31,8 @@ INLINE void rms_norm_row(const float* x, const float* residual, const float* wei
     for (; i < size; ++i) normed[i] = total[i] * factor * weight[i];
 }
 
-// out = gate / (1 + e^-gate) * up; gate_up is the row of both, gate first.
-INLINE void silu_and_mul_row(const float* gate_up, float* out, int64_t size) {
-    const float *gate = gate_up, *up = gate_up + size;
+// out = gate / (1 + e^-gate) * up.
+INLINE void silu_and_mul_row(const float* gate, const float* up, float* out, int64_t size) {
     int64_t i = 0;
     for (; i + kLanes <= size; i += kLanes) {
         Vec g = load(gate + i);

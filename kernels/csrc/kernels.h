@@ -11,11 +11,8 @@ constexpr int64_t kBlockSize = 16;  // slots in a KV block: interface.py's BLOCK
 // linear.cpp: products with packed weights (see packed.py); `bias` may be null. x is [tokens, columns].
 void linear(const float* x, const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns,
             const float* bias, float* out, int64_t tokens);
-void rms_norm_linear(const float* x, const float* residual, const float* norm_weight, float eps, float* sum,
-                     const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns, const float* bias,
-                     float* out, int64_t tokens);
-void silu_and_mul_linear(const float* gate_up, const uint8_t* blocks, int64_t bits, int64_t rows,
-                         int64_t columns, const float* bias, float* out, int64_t tokens);
+void rms_norm_linear(const float* x, float* residual, const float* norm_weight, float eps, const uint8_t* blocks,
+                     int64_t bits, int64_t rows, int64_t columns, const float* bias, float* out, int64_t tokens);
 void embedding(const int64_t* ids, const uint8_t* blocks, int64_t bits, int64_t columns, float* out,
                int64_t tokens);
 

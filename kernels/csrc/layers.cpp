@@ -11,8 +11,6 @@ namespace minivllm::ISA {
 
 namespace {
 
-constexpr int64_t kMlpTokens = 256;  // tokens whose gates and ups, large as they are, stay in the cache
-
 // As cpu.py writes it: eight bytes for each field.
 struct Layer {
     const float *attention_norm, *mlp_norm;
@@ -29,16 +27,15 @@ void decoder_layers(const void* table, int64_t num_layers, float* x, float* out,
                     const float* cos, const float* sin, int64_t kv_type, const int64_t* slots,
                     const int32_t* tables, int64_t table_stride, const int32_t* seq_lens,
                     const int32_t* query_start, int64_t num_seqs, float scale, int64_t window) {
-    static thread_local std::vector<float> qkv_memory, attended_memory, gate_up_memory;
-    static thread_local ActivationMemory kept;
+    static thread_local std::vector<float> qkv_memory, attended_memory;
+    static thread_local ActivationMemory kept, kept_inner;
     const int64_t num_heads = heads + 2 * kv_heads, qkv_size = num_heads * head_dim, attended_size = heads * head_dim;
     // This thread's memory, for all of them.
     float* qkv = scratch(qkv_memory, tokens * qkv_size);
     float* attended = scratch(attended_memory, tokens * attended_size);
-    float* gate_up = scratch(gate_up_memory, std::min(tokens, kMlpTokens) * 2 * inner_size);
-    ActivationMemory& memory = kept;
+    ActivationMemory &memory = kept, &inner_memory = kept_inner;
     memory.reserve(tokens, std::max(size, attended_size));
-    memory.reserve(std::min(tokens, kMlpTokens), inner_size);
+    inner_memory.reserve(tokens, inner_size);
     AttentionPlan plan({tables, table_stride, seq_lens, query_start, num_seqs, heads, kv_heads, head_dim, scale,
                         window, 0.0f});
     const Layer* layers = static_cast<const Layer*>(table);
@@ -46,20 +43,15 @@ void decoder_layers(const void* table, int64_t num_layers, float* x, float* out,
         for (int64_t i = 0; i < num_layers; ++i) {
             const Layer& layer = layers[i];
             // x is the residual from the first norm on; the first layer's input has nothing to be added to it.
-            const float *input = i == 0 ? x : out, *residual = i == 0 ? nullptr : x;
-            float* sum = i == 0 ? nullptr : x;
-            rms_norm_linear(team, memory, input, residual, layer.attention_norm, eps, sum, layer.qkv, qkv, tokens);
+            const float* input = i == 0 ? x : out;
+            float* residual = i == 0 ? nullptr : x;
+            rms_norm_linear(team, memory, {input, residual, layer.attention_norm, eps}, layer.qkv, qkv, tokens);
             rope_and_write_kv(team, qkv, cos, sin, layer.k_cache, layer.v_cache, kv_type, slots, tokens, num_heads,
                               kv_heads, head_dim);
             paged_attention(team, plan, qkv, qkv_size, layer.k_cache, layer.v_cache, kv_type, attended,
                             attended_size);
             linear(team, memory, attended, layer.o, out, tokens);
-            for (int64_t first = 0; first < tokens; first += kMlpTokens) {
-                const int64_t at = first * size, count = std::min(kMlpTokens, tokens - first);
-                rms_norm_linear(team, memory, out + at, x + at, layer.mlp_norm, eps, x + at, layer.gate_up, gate_up,
-                                count);
-                silu_and_mul_linear(team, memory, gate_up, layer.down, out + at, count);
-            }
+            mlp(team, memory, inner_memory, {out, x, layer.mlp_norm, eps}, layer.gate_up, layer.down, out, tokens);
         }
     });
 }

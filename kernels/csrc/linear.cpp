@@ -16,7 +16,9 @@ namespace minivllm::ISA {
 
 namespace {
 
-constexpr int64_t kBlockGroups = 16;   // groups that are unpacked at once: they stay in the L1 cache
+// Groups that are unpacked at once: they stay in the L1 cache.
+template <int Bits>
+constexpr int64_t kBlockGroups = 24 * 1024 / kUnpackedBytes<Bits>;
 constexpr int64_t kBlockTokens = 128;  // tokens that pass over them: their activations stay in L2
 constexpr int64_t kTokensAtATime = 4;  // that a thread quantises
 
@@ -34,13 +36,14 @@ INLINE float largest_magnitude(const float* from) {
     return as_float(max_lanes(largest));
 }
 
-// One token's row to integers, group by group; columns past the row's end are zero.
-template <class T>
-void quantize_row(const float* x, int64_t columns, int64_t groups, T* values, float* scales, float* scaled_sums,
-                  int32_t* sums) {
+// Columns of one token to integers, group by group, into the groups from `at` on; columns past the end are zero.
+template <int Bits>
+void quantize_row(const float* x, int64_t columns, const Activations<Bits>& to, int64_t at) {
+    using T = Value<Bits>;
     const float levels = std::numeric_limits<T>::max();
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g * kGroup < columns; ++g, ++at) {
         const float* from = x + g * kGroup;
+        T* values = to.values + at * kGroup;
         float padded[kGroup];
         if ((g + 1) * kGroup > columns) {
             for (int i = 0; i < kGroup; ++i) padded[i] = g * kGroup + i < columns ? from[i] : 0.0f;
@@ -48,9 +51,9 @@ void quantize_row(const float* x, int64_t columns, int64_t groups, T* values, fl
         }
         float amax = largest_magnitude(from);
         if (!(amax <= std::numeric_limits<float>::max())) {  // the token's results are NaN, as with floats
-            std::fill(values + g * kGroup, values + (g + 1) * kGroup, T(0));
-            scales[g] = scaled_sums[g] = std::numeric_limits<float>::quiet_NaN();
-            sums[g] = 0;
+            std::fill(values, values + kGroup, T(0));
+            to.scales[at] = to.scaled_sums[at] = std::numeric_limits<float>::quiet_NaN();
+            to.sums[at] = 0;
             continue;
         }
         float inverse = amax > 1e-30f ? levels / amax : 0.0f;  // what is less is zero: no inverse overflows
@@ -59,11 +62,10 @@ void quantize_row(const float* x, int64_t columns, int64_t groups, T* values, fl
             rounded[i] = round_to_int(load(from + i * kLanes) * inverse);
             total += rounded[i];
         }
-        store_group(rounded, values + g * kGroup);
-        const int32_t sum = sum_lanes(total);
-        scales[g] = amax / levels;
-        scaled_sums[g] = scales[g] * float(sum);
-        sums[g] = sum;
+        store_group(rounded, values);
+        to.sums[at] = sum_lanes(total);
+        to.scales[at] = amax / levels;
+        to.scaled_sums[at] = to.scales[at] * float(to.sums[at]);
     }
 }
 
@@ -84,9 +86,9 @@ void multiply_panel(const uint8_t* panel, const Activations<Bits>& a, int64_t be
         return;
     }
     std::fill(sums, sums + (end - begin) * kPanel, 0.0f);
-    alignas(64) uint8_t weights[kBlockGroups * kUnpackedBytes<Bits>];
-    alignas(64) float scales[kBlockGroups * 2 * kPanel];
-    const int64_t step = ceil_div(a.groups, ceil_div(a.groups, kBlockGroups));
+    alignas(64) uint8_t weights[kBlockGroups<Bits> * kUnpackedBytes<Bits>];
+    alignas(64) float scales[kBlockGroups<Bits> * 2 * kPanel];
+    const int64_t step = ceil_div(a.groups, ceil_div(a.groups, kBlockGroups<Bits>));
     for (int64_t first = 0; first < a.groups; first += step) {
         const int64_t count = std::min(step, a.groups - first);
         for (int64_t g = 0; g < count; ++g) {
@@ -106,49 +108,103 @@ void multiply_panel(const uint8_t* panel, const Activations<Bits>& a, int64_t be
     }
 }
 
+// The panel at `row` times the tokens [begin, end), and its bias: [tokens, 16].
+template <int Bits>
+void multiply_rows(const Matrix& weight, int64_t row, const Activations<Bits>& a, int64_t begin, int64_t end,
+                   float* sums) {
+    multiply_panel<Bits>(weight.blocks + row / kPanel * a.groups * kBlockBytes<Bits>, a, begin, end, sums);
+    if (weight.bias == nullptr) return;
+    const int64_t count = std::min<int64_t>(kPanel, weight.rows - row);
+    for (int64_t token = begin; token < end; ++token, sums += kPanel)
+        for (int64_t i = 0; i < count; ++i) sums[i] += weight.bias[row + i];
+}
+
+// Threads take a few of the items that each block of tokens has at a time, so that one that another program slowed
+// down takes fewer.
+int64_t at_a_time(int64_t items, int64_t tokens) {
+    return std::max<int64_t>(1, items / ((tokens <= kTokensAtATime ? 4 : 32) * num_threads()));
+}
+
+template <int Bits>
+Activations<Bits> activations_in(ActivationMemory& memory, int64_t columns) {
+    return {reinterpret_cast<Value<Bits>*>(memory.values.data()), memory.scales.data(), memory.scaled_sums.data(),
+            memory.sums.data(), ceil_div(columns, kGroup)};
+}
+
 // make_row(token, scratch) returns one token's `columns` floats, computed into the scratch or not.
 template <int Bits, class MakeRow>
-void multiply_bits(Team& team, ActivationMemory& memory, MakeRow make_row, const Matrix& weight, float* out,
-                   int64_t tokens) {
-    const int64_t rows = weight.rows, columns = weight.columns;
-    const int64_t groups = ceil_div(columns, kGroup), panels = ceil_div(rows, kPanel);
-    Value<Bits>* values = reinterpret_cast<Value<Bits>*>(memory.values.data());
-    const Activations<Bits> activations{values, memory.scales.data(), memory.scaled_sums.data(), memory.sums.data(),
-                                        groups};
+Activations<Bits> quantize(Team& team, ActivationMemory& memory, MakeRow make_row, int64_t columns, int64_t tokens) {
+    const Activations<Bits> a = activations_in<Bits>(memory, columns);
     team.share(tokens, kTokensAtATime, [&](int64_t token) {
         static thread_local std::vector<float> row_memory;
-        const float* row = make_row(token, scratch(row_memory, columns));
-        const int64_t at = token * groups;
-        quantize_row(row, columns, groups, values + at * kGroup, &memory.scales[at], &memory.scaled_sums[at],
-                     &memory.sums[at]);
+        quantize_row(make_row(token, scratch(row_memory, columns)), columns, a, token * a.groups);
     });
+    return a;
+}
 
-    const int64_t panel_bytes = groups * kBlockBytes<Bits>;
-    const int64_t items = ceil_div(tokens, kBlockTokens) * panels;
-    // Threads take a few panels at a time, so that one that another program slowed down takes fewer.
-    const int64_t chunk = std::max<int64_t>(1, panels / ((tokens <= kTokensAtATime ? 4 : 32) * num_threads()));
+template <int Bits>
+void multiply(Team& team, const Activations<Bits>& a, const Matrix& weight, float* out, int64_t tokens) {
+    const int64_t panels = ceil_div(weight.rows, kPanel), items = ceil_div(tokens, kBlockTokens) * panels;
     alignas(64) float sums[kBlockTokens * kPanel];
-    team.share(items, chunk, [&](int64_t item) {
-        int64_t begin = item / panels * kBlockTokens, end = std::min(begin + kBlockTokens, tokens);
-        int64_t panel = item % panels, row = panel * kPanel, count = std::min<int64_t>(kPanel, rows - row);
-        multiply_panel<Bits>(weight.blocks + panel * panel_bytes, activations, begin, end, sums);
+    team.share(items, at_a_time(panels, tokens), [&](int64_t item) {
+        const int64_t begin = item / panels * kBlockTokens, end = std::min(begin + kBlockTokens, tokens);
+        const int64_t row = item % panels * kPanel, count = std::min<int64_t>(kPanel, weight.rows - row);
+        multiply_rows(weight, row, a, begin, end, sums);
         for (int64_t token = begin; token < end; ++token) {
             const float* from = sums + (token - begin) * kPanel;
-            float* to = out + token * rows + row;
-            if (count == kPanel && !weight.bias) {
+            float* to = out + token * weight.rows + row;
+            if (count == kPanel)
                 for (int i = 0; i < kPanel; i += kLanes) store(to + i, load(from + i));
-            } else {
-                for (int64_t i = 0; i < count; ++i) to[i] = weight.bias ? from[i] + weight.bias[row + i] : from[i];
-            }
+            else
+                std::copy(from, from + count, to);
         }
     });
 }
 
+// run(std::integral_constant<int, bits>).
+template <class Run>
+void for_bits(int64_t bits, Run run) {
+    if (bits == 4) run(std::integral_constant<int, 4>{});
+    if (bits == 8) run(std::integral_constant<int, 8>{});
+}
+
 template <class MakeRow>
-void multiply(Team& team, ActivationMemory& memory, MakeRow make_row, const Matrix& weight, float* out,
-              int64_t tokens) {
-    auto of_bits = weight.bits == 4 ? multiply_bits<4, MakeRow> : multiply_bits<8, MakeRow>;
-    of_bits(team, memory, make_row, weight, out, tokens);
+void quantize_and_multiply(Team& team, ActivationMemory& memory, MakeRow make_row, const Matrix& weight, float* out,
+                           int64_t tokens) {
+    for_bits(weight.bits, [&](auto bits) {
+        const auto a = quantize<bits()>(team, memory, make_row, weight.columns, tokens);
+        multiply(team, a, weight, out, tokens);
+    });
+}
+
+// silu(gate) * up of the tokens, quantised for a product with weights of InnerBits: a group of 32 columns at a time
+// from its two panels of gates and two of ups, while these are in the L1 cache.
+template <int InnerBits, int Bits>
+void multiply_gate_up(Team& team, const Activations<Bits>& a, const Matrix& weight, const Activations<InnerBits>& inner,
+                      int64_t tokens) {
+    const int64_t inner_size = weight.rows / 2, items = ceil_div(tokens, kBlockTokens) * inner.groups;
+    alignas(64) float gates[kBlockTokens * kPanel], ups[kBlockTokens * kPanel], activated[kBlockTokens * kGroup];
+    team.share(items, at_a_time(inner.groups, tokens), [&](int64_t item) {
+        const int64_t begin = item / inner.groups * kBlockTokens, end = std::min(begin + kBlockTokens, tokens);
+        const int64_t first = item % inner.groups * kGroup, count = std::min<int64_t>(kGroup, inner_size - first);
+        for (int64_t column = 0; column < count; column += kPanel) {
+            multiply_rows(weight, first + column, a, begin, end, gates);
+            multiply_rows(weight, inner_size + first + column, a, begin, end, ups);
+            for (int64_t i = 0; i < end - begin; ++i)
+                silu_and_mul_row(gates + i * kPanel, ups + i * kPanel, activated + i * kGroup + column, kPanel);
+        }
+        for (int64_t token = begin; token < end; ++token)
+            quantize_row(activated + (token - begin) * kGroup, count, inner, token * inner.groups + first / kGroup);
+    });
+}
+
+auto norm_rows(const Norm& norm, int64_t size) {
+    return [=](int64_t token, float* row) {
+        const int64_t at = token * size;
+        rms_norm_row(norm.x + at, norm.residual ? norm.residual + at : nullptr, norm.weight, norm.eps, row,
+                     norm.residual ? norm.residual + at : nullptr, size);
+        return row;
+    };
 }
 
 // work(team, memory) by all threads, for products of this size.
@@ -172,28 +228,24 @@ void ActivationMemory::reserve(int64_t tokens, int64_t columns) {
 
 void linear(Team& team, ActivationMemory& memory, const float* x, const Matrix& weight, float* out, int64_t tokens) {
     auto take = [=](int64_t token, float*) { return x + token * weight.columns; };
-    multiply(team, memory, take, weight, out, tokens);
+    quantize_and_multiply(team, memory, take, weight, out, tokens);
 }
 
-void rms_norm_linear(Team& team, ActivationMemory& memory, const float* x, const float* residual,
-                     const float* norm_weight, float eps, float* sum, const Matrix& weight, float* out,
+void rms_norm_linear(Team& team, ActivationMemory& memory, const Norm& norm, const Matrix& weight, float* out,
                      int64_t tokens) {
-    auto norm = [=](int64_t token, float* row) {
-        int64_t at = token * weight.columns;
-        rms_norm_row(x + at, residual ? residual + at : nullptr, norm_weight, eps, row, sum ? sum + at : nullptr,
-                     weight.columns);
-        return row;
-    };
-    multiply(team, memory, norm, weight, out, tokens);
+    quantize_and_multiply(team, memory, norm_rows(norm, weight.columns), weight, out, tokens);
 }
 
-void silu_and_mul_linear(Team& team, ActivationMemory& memory, const float* gate_up, const Matrix& weight, float* out,
-                         int64_t tokens) {
-    auto activate = [=](int64_t token, float* row) {
-        silu_and_mul_row(gate_up + token * 2 * weight.columns, row, weight.columns);
-        return row;
-    };
-    multiply(team, memory, activate, weight, out, tokens);
+void mlp(Team& team, ActivationMemory& memory, ActivationMemory& inner_memory, const Norm& norm,
+         const Matrix& gate_up, const Matrix& down, float* out, int64_t tokens) {
+    for_bits(gate_up.bits, [&](auto bits) {
+        for_bits(down.bits, [&](auto inner_bits) {
+            const auto a = quantize<bits()>(team, memory, norm_rows(norm, gate_up.columns), gate_up.columns, tokens);
+            const auto inner = activations_in<inner_bits()>(inner_memory, down.columns);
+            multiply_gate_up(team, a, gate_up, inner, tokens);
+            multiply(team, inner, down, out, tokens);
+        });
+    });
 }
 
 void linear(const float* x, const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns, const float* bias,
@@ -204,20 +256,11 @@ void linear(const float* x, const uint8_t* blocks, int64_t bits, int64_t rows, i
     });
 }
 
-void rms_norm_linear(const float* x, const float* residual, const float* norm_weight, float eps, float* sum,
-                     const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns, const float* bias,
-                     float* out, int64_t tokens) {
+void rms_norm_linear(const float* x, float* residual, const float* norm_weight, float eps, const uint8_t* blocks,
+                     int64_t bits, int64_t rows, int64_t columns, const float* bias, float* out, int64_t tokens) {
     const Matrix weight{blocks, bits, rows, columns, bias};
     with_memory(tokens, columns, [&](Team& team, ActivationMemory& memory) {
-        rms_norm_linear(team, memory, x, residual, norm_weight, eps, sum, weight, out, tokens);
-    });
-}
-
-void silu_and_mul_linear(const float* gate_up, const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns,
-                         const float* bias, float* out, int64_t tokens) {
-    const Matrix weight{blocks, bits, rows, columns, bias};
-    with_memory(tokens, columns, [&](Team& team, ActivationMemory& memory) {
-        silu_and_mul_linear(team, memory, gate_up, weight, out, tokens);
+        rms_norm_linear(team, memory, {x, residual, norm_weight, eps}, weight, out, tokens);
     });
 }
 

@@ -25,13 +25,21 @@ struct ActivationMemory {
     void reserve(int64_t tokens, int64_t columns);
 };
 
+// RMSNorm of x + residual, which becomes the new residual; of x alone where the residual is null.
+struct Norm {
+    const float* x;
+    float* residual;
+    const float* weight;
+    float eps;
+};
+
 // linear.cpp
 void linear(Team& team, ActivationMemory& memory, const float* x, const Matrix& weight, float* out, int64_t tokens);
-void rms_norm_linear(Team& team, ActivationMemory& memory, const float* x, const float* residual,
-                     const float* norm_weight, float eps, float* sum, const Matrix& weight, float* out,
+void rms_norm_linear(Team& team, ActivationMemory& memory, const Norm& norm, const Matrix& weight, float* out,
                      int64_t tokens);
-void silu_and_mul_linear(Team& team, ActivationMemory& memory, const float* gate_up, const Matrix& weight, float* out,
-                         int64_t tokens);
+// The gates' number is a multiple of 16. `inner_memory` has room for down's columns.
+void mlp(Team& team, ActivationMemory& memory, ActivationMemory& inner_memory, const Norm& norm,
+         const Matrix& gate_up, const Matrix& down, float* out, int64_t tokens);
 
 // elementwise.cpp
 void rope_and_write_kv(Team& team, float* heads, const float* cos, const float* sin, void* k_cache, void* v_cache,

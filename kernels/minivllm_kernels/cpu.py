@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, check_paged_attention
 from minivllm_kernels.layers import LayerCache, LayerWeights, Weight, address
-from minivllm_kernels.packed import PackedWeight
+from minivllm_kernels.packed import PANEL, PackedWeight
 
 try:
     from minivllm_kernels import _cpu as _extension  # type: ignore[attr-defined]  # compiled, or not there
@@ -49,7 +49,6 @@ class CppBackend(KernelBackend):
         function: Any = lambda kernel: getattr(_extension, f"{name}_{kernel}")  # noqa: E731
         self._linear = function("linear")
         self._rms_norm_linear = function("rms_norm_linear")
-        self._silu_and_mul_linear = function("silu_and_mul_linear")
         self._embedding = function("embedding")
         self._rms_norm = function("rms_norm")
         self._silu_and_mul = function("silu_and_mul")
@@ -87,36 +86,18 @@ class CppBackend(KernelBackend):
             return super().rms_norm_linear(x_TN, residual_TN, norm_weight_N, eps, weight, bias)
         x_TN = _rows("x_TN", x_TN, weight.columns)
         num_tokens = x_TN.shape[0]
-        residual = _residual(x_TN, residual_TN)
         out = torch.empty(num_tokens, weight.rows)
         self._rms_norm_linear(
             x_TN.data_ptr(),
-            residual,
+            _residual(x_TN, residual_TN),  # the sum goes there, too: no second stretch of memory
             address(norm_weight_N, weight.columns),
             eps,
-            residual,  # where the sum goes: no second tensor, no second stretch of memory
             *weight.arguments,
             address(bias, weight.rows),
             out.data_ptr(),
             num_tokens,
         )
         return out, x_TN if residual_TN is None else residual_TN
-
-    def silu_and_mul_linear(
-        self, gate_up_TI2: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if not isinstance(weight, PackedWeight):
-            return super().silu_and_mul_linear(gate_up_TI2, weight, bias)
-        gate_up_TI2 = _rows("gate_up_TI2", gate_up_TI2, 2 * weight.columns)
-        out = torch.empty(gate_up_TI2.shape[0], weight.rows)
-        self._silu_and_mul_linear(
-            gate_up_TI2.data_ptr(),
-            *weight.arguments,
-            address(bias, weight.rows),
-            out.data_ptr(),
-            out.shape[0],
-        )
-        return out
 
     def embedding(self, ids_T: torch.Tensor, weight: Weight) -> torch.Tensor:
         if not isinstance(weight, PackedWeight):
@@ -245,7 +226,8 @@ class CppBackend(KernelBackend):
         scale: float,
         sliding_window: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not layers or not all(layer.is_packed for layer in layers):
+        # Gates and ups are computed side by side, in panels of their own.
+        if not layers or not all(layer.is_packed for layer in layers) or layers[0].sizes[3] % PANEL:
             return super().decoder_layers(
                 x_TN, layers, caches, cos_TD, sin_TD, slots_T, block_tables_BM, seq_lens_B, query_start_B1,
                 eps=eps, scale=scale, sliding_window=sliding_window,

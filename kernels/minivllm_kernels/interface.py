@@ -65,12 +65,6 @@ class KernelBackend(Protocol):
         normed_TN, sum_TN = self.rms_norm(x_TN, norm_weight_N, eps, residual_TN)
         return self.linear(normed_TN, weight, bias), sum_TN
 
-    def silu_and_mul_linear(
-        self, gate_up_TI2: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """:meth:`silu_and_mul`, then :meth:`linear`. Returns [T, rows]."""
-        return self.linear(self.silu_and_mul(gate_up_TI2), weight, bias)
-
     def decoder_layers(
         self,
         x_TN: torch.Tensor,
@@ -121,7 +115,7 @@ class KernelBackend(Protocol):
             gate_up_TI2, residual_TN = self.rms_norm_linear(
                 x_TN, residual_TN, layer.mlp_norm_N, eps, layer.gate_up, layer.gate_up_bias
             )
-            x_TN = self.silu_and_mul_linear(gate_up_TI2, layer.down, layer.down_bias)
+            x_TN = self.linear(self.silu_and_mul(gate_up_TI2), layer.down, layer.down_bias)
         return x_TN, residual_TN
 
     @abstractmethod
