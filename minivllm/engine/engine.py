@@ -10,7 +10,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from heapq import heappop, heappush
 from typing import NamedTuple
@@ -66,6 +66,7 @@ class Engine:
         grammars: what requests with a grammar need; None where none may have one.
         clock: seconds, above 0, for the requests' metrics; a simulation has one of its own.
         sinks: get a record of each step; without any, none are made.
+        idle_work: what :meth:`prepare` takes a step of.
         block_manager: an experiment's own, of ``num_blocks`` blocks, instead of the one that config names.
     """
 
@@ -81,6 +82,7 @@ class Engine:
         grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
         sinks: Sequence[Sink] = (),
+        idle_work: Iterable[object] = (),
         block_manager: BlockManager | None = None,
     ) -> None:
         self.clock = clock
@@ -88,6 +90,7 @@ class Engine:
         self.info = info
         self.grammars = grammars
         self.runner = runner
+        self._idle_work = iter(idle_work)
         self.block_manager: BlockManager
         if block_manager is not None:
             self.block_manager = block_manager
@@ -124,6 +127,10 @@ class Engine:
     def has_work(self) -> bool:
         """Whether :meth:`step` would do anything."""
         return self.scheduler.has_work or bool(self._in_flight) or bool(self._compiling)
+
+    def prepare(self) -> bool:
+        """Do a little of what makes later steps faster. Returns False when nothing is left to do."""
+        return next(self._idle_work, None) is not None
 
     def add(
         self,

@@ -91,7 +91,9 @@ def serve(
     events: zmq.Socket[bytes],
     records: list[StepRecord],
 ) -> None:
-    """Take messages and step until standard input closes. Sleeps, using no CPU, while there is no work.
+    """Take messages and step until standard input closes.
+
+    While there is no work it prepares for more, and then sleeps, using no CPU.
 
     Raises:
         MessageError: the parent sent what can't be read.
@@ -101,9 +103,12 @@ def serve(
     poller.register(requests, zmq.POLLIN)
     poller.register(lifeline, zmq.POLLIN)
     while True:
-        ready = dict(poller.poll(0 if engine.has_work else None))
+        has_work = engine.has_work
+        ready = dict(poller.poll(0 if has_work or engine.prepare() else None))
         if lifeline in ready:
             return
+        if not (ready or has_work):
+            continue
         out: list[EngineEvent] = []
         while requests.poll(0):
             out += _handle(engine, messages.decode_to_engine(requests.recv()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from minivllm.config import BLOCK_SIZE
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.decode_graphs import DecodeGraphs
 from minivllm.engine.grammar import Grammars
-from minivllm.engine.huge_pages import empty_in_huge_pages
+from minivllm.engine.huge_pages import empty_in_huge_pages, touch
 from minivllm.engine.prompt_logprobs import score_prompts
 from minivllm.engine.sampler import Sample, sample
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
@@ -106,8 +106,17 @@ class TorchRunner:
         return fetch
 
 
+    def touch_caches(self) -> Iterator[int]:
+        """Take the KV pool's memory from the system, a little with each step; nothing to do on a GPU."""
+        if self.model.placement.device.type == "cpu":
+            for cache in self.caches:
+                for tensor in (cache.k_PKSD, cache.v_PKSD):
+                    yield from touch(tensor)
+
+
 def empty_caches(model: Llama, *, num_blocks: int, kv_dtype: torch.dtype) -> list[LayerCache]:
-    """A KV pool, layer by layer. Its memory isn't touched: on a CPU it is taken as blocks are used."""
+    """A KV pool, layer by layer. Its memory isn't touched: on a CPU it is taken as blocks are used, if
+    :meth:`TorchRunner.touch_caches` hasn't taken it before."""
     config = model.config
     device = model.placement.device
     shape = config.num_layers, 2, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim

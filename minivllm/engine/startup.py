@@ -146,6 +146,7 @@ def make_engine(
         eos_token_ids=eos_token_ids,
         grammars=grammars,
         sinks=sinks if trace is None else (trace, *sinks),
+        idle_work=runner.touch_caches(),
     )
 
 

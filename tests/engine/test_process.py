@@ -121,6 +121,31 @@ def test_finished_requests_carry_their_history(config: EngineConfig) -> None:
     asyncio.run(finish())
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+def test_an_idle_engine_takes_its_memory(config: EngineConfig) -> None:
+    """All of the KV pool's, before anybody asks for a token; and it answers as ever."""
+
+    def resident(client: EngineClient) -> int:
+        pages = int(Path(f"/proc/{process_id(client)}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    async def idle() -> tuple[int, list[int]]:
+        async with running(replace(config, kv_cache_memory=2**30)) as client:
+            for _ in range(2000):
+                if resident(client) > 2**30:
+                    break
+                await asyncio.sleep(0.01)
+            return resident(client), await tokens_of(client, "a", [5] * 40, SHORT)
+
+    async def small() -> list[int]:
+        async with running(config) as client:
+            return await tokens_of(client, "a", [5] * 40, SHORT)
+
+    taken, tokens = asyncio.run(idle())
+    assert taken > 2**30
+    assert tokens == asyncio.run(small())
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads CPU time from /proc")
 def test_an_idle_engine_uses_no_cpu(config: EngineConfig) -> None:
     def cpu_ticks(pid: int) -> int:
