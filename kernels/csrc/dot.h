@@ -135,7 +135,7 @@ INLINE void tile(const uint8_t* weights, const float* scales, const Activations<
 
 #elif defined(__AVX2__)
 
-constexpr int kTileTokens = 4;
+constexpr int kTileTokens = 5;
 template <int Bits>
 constexpr int kUnpackedBytes = kPanel * kGroup * (Bits == 4 ? 1 : 2);
 
