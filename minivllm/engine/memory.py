@@ -12,6 +12,7 @@ import torch
 
 from minivllm.config import BLOCK_SIZE, EngineConfig, flag, format_size
 from minivllm.engine.block_manager import blocks_for
+from minivllm.engine.cgroup import cgroup_memory
 from minivllm.errors import ConfigError, OutOfMemoryError
 from minivllm.models.config import ModelConfig
 
@@ -182,7 +183,7 @@ def estimate_workspace(model: ModelConfig, dtype: torch.dtype, num_seqs: int, nu
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes; what is loaded is not free any more."""
+    """(free, total) bytes, of the container where there is one; what is loaded is not free any more."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     try:
@@ -190,7 +191,7 @@ def device_memory(device: torch.device) -> tuple[int, int]:
             fields = dict(line.split(":", 1) for line in meminfo)
         # MemAvailable: free memory, and what the system would give up for it, such as its page cache.
         free, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-        return free, total
     except (OSError, KeyError):  # not Linux
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return total, total
+        free = total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    container = cgroup_memory()
+    return (free, total) if container is None else (min(free, container[0]), min(total, container[1]))

@@ -105,7 +105,6 @@ class TorchRunner:
 
         return fetch
 
-
     def touch_caches(self) -> Iterator[int]:
         """Take the KV pool's memory from the system, a little with each step; nothing to do on a GPU."""
         if self.model.placement.device.type == "cpu":
