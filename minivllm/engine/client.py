@@ -110,11 +110,14 @@ class EngineClient:
             shutil.rmtree(directory, ignore_errors=True)
             raise StartupError(f"can't open the engine's sockets: {error}") from None
 
-    async def start(self, config: EngineConfig, *, stall_timeout: float = 60.0) -> None:
+    async def start(
+        self, config: EngineConfig, *, stall_timeout: float = 60.0, start_timeout: float | None = None
+    ) -> None:
         """Have the process load a model, and wait until it can serve.
 
         Args:
             stall_timeout: seconds without a step, while there is work, after which the process is killed.
+            start_timeout: seconds after which this no longer waits; None: never.
 
         Raises:
             StartupError: it can't; the message is the engine's own.
@@ -127,7 +130,11 @@ class EngineClient:
         died = asyncio.create_task(self._process.wait())
         first = asyncio.ensure_future(self._events.recv())
         try:
-            await asyncio.wait({died, first}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                {died, first}, timeout=start_timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                raise StartupError(f"the engine process hangs: it can't serve after {start_timeout:.0f} s")
             if not first.done():
                 await asyncio.wait({first}, timeout=1.0)  # its last words may still be on the way
             if not first.done():

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 LONGEST_DELAY = 30.0
 """Seconds before another try, at the most."""
+START_PATIENCE = 10.0, 60.0
+"""What an engine that replaces another may take to start: so many times what the first took, and at least so
+many seconds. After that it counts as hung."""
 HOPELESS_AFTER = 3
 """Failures in a row after which the server no longer calls itself healthy; it goes on trying."""
 
@@ -50,6 +53,7 @@ class SupervisedEngine:
         self._observers: list[Observer] = []
         self._is_closed = False
         self._supervision: asyncio.Task[None] | None = None
+        self._start_timeout: float
         self.num_restarts = 0
         """Engines that were started after the first."""
         self.num_failures = 0
@@ -71,7 +75,10 @@ class SupervisedEngine:
         Raises:
             StartupError: it can't.
         """
+        start = time.monotonic()
         await self._client.start(config, stall_timeout=stall_timeout)
+        factor, least = START_PATIENCE
+        self._start_timeout = max(factor * (time.monotonic() - start), least)
         self.info = self._client.info
         self._supervision = asyncio.create_task(self._supervise(config, stall_timeout))
 
@@ -157,7 +164,9 @@ class SupervisedEngine:
             start = time.monotonic()
             try:
                 self._client = await EngineClient.spawn()
-                await self._client.start(config, stall_timeout=stall_timeout)
+                await self._client.start(
+                    config, stall_timeout=stall_timeout, start_timeout=self._start_timeout
+                )
             except StartupError as error:
                 self.num_failures += 1
                 await self._client.close()  # the one before once more, where none came in its place

@@ -96,6 +96,29 @@ def test_an_engine_that_hangs_is_killed_and_replaced(config: EngineConfig) -> No
     asyncio.run(run())
 
 
+def test_an_engine_that_hangs_while_it_starts_is_replaced(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would never be done: the next try is what serves again."""
+    monkeypatch.setattr(supervisor, "START_PATIENCE", (3.0, 0.0))
+
+    async def run() -> None:
+        async with supervised(config) as engine:
+            first = pid_of(engine)
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: pid_of(engine) != first)
+            second = pid_of(engine)
+            os.kill(second, signal.SIGSTOP)
+            await until(lambda: engine.is_alive)
+            assert pid_of(engine) not in (first, second)
+            with pytest.raises(ProcessLookupError):
+                os.kill(second, 0)
+            assert len(await tokens_of(engine, "a", SHORT)) == SHORT.max_tokens
+
+    asyncio.run(run())
+    assert "can't be started again: the engine process hangs: it can't serve after" in caplog.text
+
+
 def test_an_idle_engine_has_not_stalled(config: EngineConfig) -> None:
     async def run() -> None:
         async with supervised(config, stall_timeout=0.2) as engine:
