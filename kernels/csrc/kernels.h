@@ -8,7 +8,8 @@ namespace minivllm::ISA {
 
 constexpr int64_t kBlockSize = 16;  // slots in a KV block: interface.py's BLOCK_SIZE
 
-// linear.cpp: products with packed weights (see packed.py); `bias` may be null. x is [tokens, columns].
+// linear.cpp: products with packed weights (see packed.py); `bias` may be null. x is [tokens, columns],
+// and so is the residual, which may be null and becomes x + residual.
 void linear(const float* x, const uint8_t* blocks, int64_t bits, int64_t rows, int64_t columns,
             const float* bias, float* out, int64_t tokens);
 void rms_norm_linear(const float* x, float* residual, const float* norm_weight, float eps, const uint8_t* blocks,

@@ -227,7 +227,7 @@ class CppBackend(KernelBackend):
         sliding_window: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Gates and ups are computed side by side, in panels of their own.
-        if not layers or not all(layer.is_packed for layer in layers) or layers[0].sizes[3] % PANEL:
+        if not layers or not all(layer.is_packed for layer in layers) or layers[0].down.shape[1] % PANEL:
             return super().decoder_layers(
                 x_TN, layers, caches, cos_TD, sin_TD, slots_T, block_tables_BM, seq_lens_B, query_start_B1,
                 eps=eps, scale=scale, sliding_window=sliding_window,

@@ -114,8 +114,7 @@ class TorchRunner:
 
 
 def empty_caches(model: Llama, *, num_blocks: int, kv_dtype: torch.dtype) -> list[LayerCache]:
-    """A KV pool, layer by layer. Its memory isn't touched: on a CPU it is taken as blocks are used, if
-    :meth:`TorchRunner.touch_caches` hasn't taken it before."""
+    """A KV pool, layer by layer. Its memory isn't touched yet: see :meth:`TorchRunner.touch_caches`."""
     config = model.config
     device = model.placement.device
     shape = config.num_layers, 2, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim

@@ -53,7 +53,6 @@ class SupervisedEngine:
         self._observers: list[Observer] = []
         self._is_closed = False
         self._supervision: asyncio.Task[None] | None = None
-        self._start_timeout: float
         self.num_restarts = 0
         """Engines that were started after the first."""
         self.num_failures = 0
@@ -78,9 +77,9 @@ class SupervisedEngine:
         start = time.monotonic()
         await self._client.start(config, stall_timeout=stall_timeout)
         factor, least = START_PATIENCE
-        self._start_timeout = max(factor * (time.monotonic() - start), least)
+        start_timeout = max(factor * (time.monotonic() - start), least)
         self.info = self._client.info
-        self._supervision = asyncio.create_task(self._supervise(config, stall_timeout))
+        self._supervision = asyncio.create_task(self._supervise(config, stall_timeout, start_timeout))
 
     def observe(self, observer: Observer) -> None:
         """Tell ``observer`` from now on."""
@@ -147,7 +146,7 @@ class SupervisedEngine:
         for observer in self._observers:
             observer.step_done(step)
 
-    async def _supervise(self, config: EngineConfig, stall_timeout: float) -> None:
+    async def _supervise(self, config: EngineConfig, stall_timeout: float, start_timeout: float) -> None:
         while True:
             await self._client.wait_until_dead()  # by then its requests have failed
             self.num_failures = 0 if self._client.has_finished_any else self.num_failures + 1
@@ -155,18 +154,16 @@ class SupervisedEngine:
             for observer in self._observers:
                 observer.engine_lost()
             await self._client.close()
-            await self._replace(config, stall_timeout)
+            await self._replace(config, stall_timeout, start_timeout)
 
-    async def _replace(self, config: EngineConfig, stall_timeout: float) -> None:
+    async def _replace(self, config: EngineConfig, stall_timeout: float, start_timeout: float) -> None:
         """Start engines until one can serve."""
         while True:
             await asyncio.sleep(_delay(self.num_failures))
             start = time.monotonic()
             try:
                 self._client = await EngineClient.spawn()
-                await self._client.start(
-                    config, stall_timeout=stall_timeout, start_timeout=self._start_timeout
-                )
+                await self._client.start(config, stall_timeout=stall_timeout, start_timeout=start_timeout)
             except StartupError as error:
                 self.num_failures += 1
                 await self._client.close()  # the one before once more, where none came in its place
