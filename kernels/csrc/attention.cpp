@@ -1,6 +1,6 @@
 // Paged attention for decode, prefill and mixed batches, straight from the block tables.
 //
-// A tile is up to 32 rows, a row being one query token of one query head; all query heads that share a
+// A tile is up to 24 rows, a row being one query token of one query head; all query heads that share a
 // KV head are rows of the same tiles, so that each block is read once for all of them. A tile walks over its
 // sequence's keys 64 at a time with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022), and
 // starts afresh every 512 keys: such a range is a partial result, and ranges are merged in order.
@@ -22,11 +22,23 @@ namespace minivllm::ISA {
 
 namespace {
 
-constexpr int kTileRows = 32;
+constexpr int kTileRows = 24;  // more would wait for more keys that only the last of them see
 constexpr int kTileKeys = 64;
 constexpr int kRangeKeys = 512;
 constexpr int kSerialWork = 8;  // rows times ranges that aren't worth waking another thread
-constexpr int kMicroRows = 4;  // rows whose sums are kept in registers
+constexpr int kFewRows = 8;  // for so many, widening a block beforehand isn't worth it
+
+// Whether one instruction loads a vector of T and widens it.
+template <class T>
+constexpr bool kLoadsWide = std::is_same_v<T, float>;
+#if defined(__AVX2__)
+template <>
+constexpr bool kLoadsWide<Half> = true;
+#endif
+
+// A head's size in floats where the compiler should know it, and with it where everything lies.
+template <int64_t N>
+using Constant = std::integral_constant<int64_t, N>;
 
 // The running softmax of some rows: largest score, sum of weights, weighted sum of values [rows, padded_dim].
 struct Softmax {
@@ -48,25 +60,30 @@ Softmax softmax_at(float* memory) { return {memory, memory + kTileRows, memory +
 // One block's keys or values [16, dim] as floats [16, padded], zeros past dim.
 template <class T>
 void widen(const T* from, int64_t dim, int64_t padded, float* to) {
-    for (int slot = 0; slot < kBlockSize; ++slot)
-        for (int64_t d = 0; d < padded; ++d) to[slot * padded + d] = d < dim ? to_float(from[slot * dim + d]) : 0.0f;
+    for (int slot = 0; slot < kBlockSize; ++slot, from += dim, to += padded) {
+        int64_t d = 0;
+        for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));
+        for (; d < padded; ++d) to[d] = d < dim ? to_float(from[d]) : 0.0f;
+    }
 }
 
-INLINE void prefetch(const void* block, int64_t start, int64_t bytes) {
-    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch((const char*)block + start + offset);
+template <class T>
+INLINE void prefetch(const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
 }
 
 // scores[row, key] = q[row] · keys[key] for N rows and one block's 16 keys. q is [rows, dim], keys
 // [16, dim], scores has kTileKeys columns. On the way it asks for the memory that comes next, a little at a
-// time, since a burst of requests would stall the CPU: `next` and `after` are null or two more blocks.
-template <int N, class T>
-INLINE void score_rows(const float* q, const T* keys, int64_t dim, float* scores, const void* next,
-                       const void* after, int64_t bytes_per_slot) {
+// time, since the CPU drops what it can't ask for at once: `next` and `after` are null or two more blocks.
+// (A function by itself, as weigh_rows: between others the compiler runs out of registers.)
+template <int N, class T, class Dim, class Cache>
+NOINLINE void score_rows(const float* q, const T* keys, Dim dim, float* scores, const Cache* next,
+                         const Cache* after) {
     // As many sums at once as hide the latency of a multiply-add and still fit into registers.
     constexpr int kKeys = N == 1 ? 8 : N == 4 ? 2 : 4;
     for (int first = 0; first < kBlockSize; first += kKeys) {
-        if (next != nullptr) prefetch(next, first * bytes_per_slot, kKeys * bytes_per_slot);
-        if (after != nullptr) prefetch(after, first * bytes_per_slot, kKeys * bytes_per_slot);
+        if (next != nullptr) prefetch(next + first * dim, kKeys * dim);
+        if (after != nullptr) prefetch(after + first * dim, kKeys * dim);
         Vec sums[N * kKeys] = {};
         for (int64_t d = 0; d < dim; d += kLanes) {
             Vec x[N];
@@ -84,14 +101,15 @@ INLINE void score_rows(const float* q, const T* keys, int64_t dim, float* scores
 }
 
 // sums[row] += weights[row] · values for N rows, `keys` of one block's values [16, dim] and the W vectors at d.
-template <int N, int W, class T>
-INLINE void weigh_vectors(const float* weights, const T* values, int64_t keys, int64_t dim, int64_t d, float* sums,
-                          const void* next, int64_t bytes_per_slot) {
+// It asks for the same share of `next`, a block or null.
+template <int N, int W, class T, class Dim, class Cache>
+INLINE void weigh_vectors(const float* weights, const T* values, int64_t keys, Dim dim, int64_t d, float* sums,
+                          const Cache* next) {
     Vec into[N][W];
     for (int n = 0; n < N; ++n)
         for (int w = 0; w < W; ++w) into[n][w] = load(sums + n * dim + d + w * kLanes);
     for (int64_t key = 0; key < keys; ++key) {
-        if (next != nullptr) prefetch(next, key * bytes_per_slot, bytes_per_slot);
+        if (next != nullptr) prefetch(next + kBlockSize * d + key * W * kLanes, W * kLanes);
         Vec weight[N];
         for (int n = 0; n < N; ++n) weight[n] = broadcast(weights[n * kTileKeys + key]);
         for (int w = 0; w < W; ++w) {
@@ -103,24 +121,27 @@ INLINE void weigh_vectors(const float* weights, const T* values, int64_t keys, i
         for (int w = 0; w < W; ++w) store(sums + n * dim + d + w * kLanes, into[n][w]);
 }
 
-// The same for all of dim. It asks for `next`, a block or null, as score_rows does.
-template <int N, class T>
-INLINE void weigh_rows(const float* weights, const T* values, int64_t keys, int64_t dim, float* sums,
-                       const void* next, int64_t bytes_per_slot) {
-    constexpr int kWide = N == 4 ? 2 : 4;  // as many sums at once as fit into registers
+// The same for all of dim, an even number of vectors.
+template <int N, class T, class Dim, class Cache>
+NOINLINE void weigh_rows(const float* weights, const T* values, int64_t keys, Dim dim, float* sums,
+                         const Cache* next) {
+    constexpr int kWide = N == 1 ? 8 : N == 2 ? 4 : N == 3 ? 3 : 2;  // as many sums as leave registers for weights
     int64_t d = 0;
-    for (; d + kWide * kLanes <= dim; d += kWide * kLanes, next = nullptr)
-        weigh_vectors<N, kWide>(weights, values, keys, dim, d, sums, next, bytes_per_slot);
-    for (; d < dim; d += 2 * kLanes, next = nullptr)
-        weigh_vectors<N, 2>(weights, values, keys, dim, d, sums, next, bytes_per_slot);
+    for (; (dim - d) % (kWide * kLanes) != 0; d += 2 * kLanes)
+        weigh_vectors<N, 2>(weights, values, keys, dim, d, sums, next);
+    for (; d < dim; d += kWide * kLanes)
+        weigh_vectors<N, kWide>(weights, values, keys, dim, d, sums, next);
 }
 
-// run(std::integral_constant<int, N>, first row) for all rows, N at a time.
+// run(std::integral_constant<int, N>, first row) for all rows: three at a time are fastest, alone slowest.
 template <class Run>
 INLINE void for_rows(int64_t rows, Run run) {
     int64_t row = 0;
-    for (; row + kMicroRows <= rows; row += kMicroRows) run(std::integral_constant<int, kMicroRows>{}, row);
-    if (rows - row == 3) run(std::integral_constant<int, 3>{}, row);
+    if (rows % 3 == 1 && rows > 1) {
+        run(std::integral_constant<int, 4>{}, row);
+        row = 4;
+    }
+    for (; row + 3 <= rows; row += 3) run(std::integral_constant<int, 3>{}, row);
     if (rows - row == 2) run(std::integral_constant<int, 2>{}, row);
     if (rows - row == 1) run(std::integral_constant<int, 1>{}, row);
 }
@@ -174,11 +195,12 @@ void merge(const Softmax& from, const Softmax& to, int64_t rows, int64_t padded)
     }
 }
 
-template <class T>
+// Over a KV cache of T. Dim is int64_t or a constant.
+template <class T, class Dim>
 class Kernel {
    public:
     Kernel(AttentionPlan& plan, const float* q, int64_t q_stride, const T* k_cache, const T* v_cache, float* out,
-           int64_t out_stride)
+           int64_t out_stride, Dim padded_dim)
         : plan_(plan),
           a_(plan.batch),
           q_(q),
@@ -187,7 +209,7 @@ class Kernel {
           v_cache_(v_cache),
           out_(out),
           out_stride_(out_stride),
-          padded_(padded(a_.head_dim)) {}
+          padded_(padded_dim) {}
 
     void run(Team& team) const {
         if (!plan_.items.empty()) {
@@ -252,7 +274,9 @@ class Kernel {
     void attend(const AttentionTile& tile, int32_t range, const float* q, float* work_memory,
                 const Softmax& result) const {
         float* scores = work_memory + kTileRows * padded_;
-        float* widened = scores + kTileRows * kTileKeys;
+        // Where vectors don't divide head_dim, or where many rows share the work.
+        const bool widens = a_.head_dim != padded_ || (!kLoadsWide<T> && tile.rows > kFewRows);
+        float* widened = widens ? scores + kTileRows * kTileKeys : nullptr;
         const int64_t group = a_.group();
         const int64_t queries = a_.query_start[tile.sequence + 1] - a_.query_start[tile.sequence];
         const int64_t first_position = a_.seq_lens[tile.sequence] - queries;
@@ -279,8 +303,7 @@ class Kernel {
                 with_block(k_cache_ + place, widened, [&](auto* block) {
                     for_rows(tile.rows, [&](auto n, int64_t row) {
                         score_rows<n()>(q + row * padded_, block, padded_, scores + row * kTileKeys + first,
-                                        row == 0 ? v_cache_ + place : nullptr, row == 0 ? next : nullptr,
-                                        a_.head_dim * int64_t(sizeof(T)));
+                                        row == 0 ? v_cache_ + place : nullptr, row == 0 ? next : nullptr);
                     });
                 });
             }
@@ -297,23 +320,19 @@ class Kernel {
                 with_block(v_cache_ + block_place(table, start + first, tile.kv_head), widened, [&](auto* values) {
                     for_rows(tile.rows, [&](auto n, int64_t row) {
                         weigh_rows<n()>(scores + row * kTileKeys + first, values, count, padded_,
-                                        result.values + row * padded_, row == 0 ? next : nullptr,
-                                        a_.head_dim * int64_t(sizeof(T)));
+                                        result.values + row * padded_, row == 0 ? next : nullptr);
                     });
                 });
             }
         }
     }
 
-    // run(the block as it lies in the cache), or widened where vectors don't divide head_dim.
+    // run(the block as it lies in the cache), or widened into memory that isn't null.
     template <class Run>
     INLINE void with_block(const T* block, float* widened, Run run) const {
-        if (a_.head_dim == padded_) {
-            run(block);
-        } else {
-            widen(block, a_.head_dim, padded_, widened);
-            run((const float*)widened);
-        }
+        if (widened == nullptr) return run(block);
+        widen(block, a_.head_dim, padded_, widened);
+        run((const float*)widened);
     }
 
     void write(const AttentionTile& tile, const Softmax& result) const {
@@ -342,7 +361,7 @@ class Kernel {
     const T *k_cache_, *v_cache_;
     float* out_;
     int64_t out_stride_;
-    int64_t padded_;
+    Dim padded_;
 };
 
 }  // namespace
@@ -375,9 +394,14 @@ AttentionPlan::AttentionPlan(const AttentionBatch& batch) : batch(batch) {
 
 void paged_attention(Team& team, AttentionPlan& plan, const float* q, int64_t q_stride, const void* k_cache,
                      const void* v_cache, int64_t kv_type, float* out, int64_t out_stride) {
+    const int64_t dim = plan.batch.head_dim;
+    auto run_for = [&](auto* k, auto* v, auto padded_dim) {
+        Kernel(plan, q, q_stride, k, v, out, out_stride, padded_dim).run(team);
+    };
     auto run = [&](auto* k, auto* v) {
-        Kernel<std::remove_const_t<std::remove_pointer_t<decltype(k)>>>(plan, q, q_stride, k, v, out, out_stride)
-            .run(team);
+        if (dim == 64) return run_for(k, v, Constant<64>{});
+        if (dim == 128) return run_for(k, v, Constant<128>{});
+        run_for(k, v, padded(dim));
     };
     if (kv_type == 0) run((const float*)k_cache, (const float*)v_cache);
     if (kv_type == 1) run((const Half*)k_cache, (const Half*)v_cache);

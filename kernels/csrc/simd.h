@@ -12,6 +12,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 namespace minivllm::ISA {
 
@@ -89,8 +90,12 @@ INLINE int32_t sum_lanes(VecInt v) {
 // The sums over lanes of four vectors; each is what it would be beside any other three.
 INLINE void sum_lanes4(const Vec* v, float* to) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    __m256 pairs = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]), others = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
-    __m256 fours = _mm256_hadd_ps(pairs, others);
+    // What vhaddps does, too, in fewer steps.
+    auto pairs = [](Vec a, Vec b) {
+        return __m256d(_mm256_add_ps(_mm256_unpacklo_ps(__m256(a), __m256(b)), _mm256_unpackhi_ps(__m256(a), __m256(b))));
+    };
+    __m256d first = pairs(v[0], v[1]), second = pairs(v[2], v[3]);
+    __m256 fours = _mm256_add_ps((__m256)_mm256_unpacklo_pd(first, second), (__m256)_mm256_unpackhi_pd(first, second));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
 #else
     for (int i = 0; i < 4; ++i) to[i] = sum_lanes(v[i]);

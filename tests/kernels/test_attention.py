@@ -109,15 +109,31 @@ def test_what_is_beyond_float8_is_written_as_its_largest(backend: Backend, rng: 
         torch.testing.assert_close(have, want, rtol=2**-4, atol=2**-9, equal_nan=True)
 
 
-@pytest.mark.parametrize("window", [None, 7, 600])
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    ("window", "softcap", "num_heads", "head_dim", "dtype"),
+    [
+        (None, None, 6, 16, torch.float32),
+        (7, None, 2, 64, torch.bfloat16),
+        (600, None, 10, 128, torch.float16),
+        (None, 5.0, 8, 64, torch.float16),
+        (7, 5.0, 14, 20, torch.bfloat16),
+        (600, 5.0, 6, 128, torch.bfloat16),
+    ],
+)
 def test_cpp_attention_of_a_token_is_the_same_alone(
-    backend: Backend, rng: np.random.Generator, softcap: float | None, window: int | None
+    backend: Backend,
+    rng: np.random.Generator,
+    window: int | None,
+    softcap: float | None,
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
 ) -> None:
     """To the bit, whether a token comes in a prefill, in a chunk or as a decode."""
     if not backend.is_cpp:
         pytest.skip("only the C++ kernels promise it")
-    case = make_case(rng, backend.device, [(700, 700), (40, 40)], num_heads=6, head_dim=16)
+    sequences = [(700, 700), (40, 40)]
+    case = make_case(rng, backend.device, sequences, num_heads=num_heads, head_dim=head_dim, dtype=dtype)
     case.sliding_window, case.softcap = window, softcap
     together = case.run(backend)
     starts = case.query_start_B1.tolist()
