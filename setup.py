@@ -6,8 +6,11 @@ loaded. Without a C++ compiler the installation goes on without them.
 
 from __future__ import annotations
 
+import itertools
+import os
 import platform
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -39,19 +42,27 @@ CSRC = Path("kernels/csrc")
 
 
 class BuildKernels(build_ext):
-    """Compile each source file several times, then link all of it into one module."""
+    """Compile each source file several times, on all cores, then link all of it into one module."""
 
     def build_extension(self, ext: Extension) -> None:
         openmp = ["-fopenmp"] if self._has_openmp() else []
-        compiler, objects = self.compiler, []
-        for name, flags in INSTRUCTION_SETS.items():
-            objects += compiler.compile(
-                [str(CSRC / f"{source}.cpp") for source in SOURCES],
+        compiler = self.compiler
+
+        def compile_one(name: str, source: str) -> list[str]:
+            built: list[str] = compiler.compile(
+                [str(CSRC / f"{source}.cpp")],
                 output_dir=f"{self.build_temp}/{name}",
                 macros=[("ISA", name)],
-                extra_postargs=[*FLAGS, *flags, *openmp],
+                extra_postargs=[*FLAGS, *INSTRUCTION_SETS[name], *openmp],
                 depends=ext.depends,
             )
+            return built
+
+        for name in INSTRUCTION_SETS:  # before several threads make the same folders
+            Path(self.build_temp, name, CSRC).mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            built = threads.map(compile_one, *zip(*itertools.product(INSTRUCTION_SETS, SOURCES), strict=True))
+            objects = [*itertools.chain.from_iterable(built)]
         objects += compiler.compile(
             [str(CSRC / "module.cpp")],
             output_dir=self.build_temp,
@@ -87,7 +98,7 @@ setup(
         Extension(
             "minivllm_kernels._cpu",
             [f"{CSRC}/{source}.cpp" for source in (*SOURCES, "module")],
-            depends=[f"{CSRC}/{header}.h" for header in ("dot", "elementwise", "kernels", "simd", "threads")],
+            depends=[str(header) for header in sorted(CSRC.glob("*.h"))],
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,
             language="c++",

@@ -67,23 +67,35 @@ void widen(const T* from, int64_t dim, int64_t padded, float* to) {
     }
 }
 
+// The blocks to ask the memory for while another is worked on: one needed soon, one needed later. Blocks lie
+// anywhere in the pool, so that the CPU can't guess which are next. It has few places for lines under way and drops
+// what doesn't fit: a block is asked for little by little, and twice, first into the second-level cache.
 template <class T>
-INLINE void prefetch(const T* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
-}
+struct Ahead {
+    const T *soon, *later;
+
+    // `count` values of both.
+    INLINE void prefetch(int64_t first, int64_t count) const {
+        for (int64_t i = 0; i < count; i += 64 / sizeof(T)) {
+            __builtin_prefetch(soon + first + i, 0, 3);
+            __builtin_prefetch(later + first + i, 0, 1);
+        }
+    }
+};
+
+struct NothingAhead {
+    INLINE void prefetch(int64_t, int64_t) const {}
+};
 
 // scores[row, key] = q[row] · keys[key] for N rows and one block's 16 keys. q is [rows, dim], keys
-// [16, dim], scores has kTileKeys columns. On the way it asks for the memory that comes next, a little at a
-// time, since the CPU drops what it can't ask for at once: `next` and `after` are null or two more blocks.
-// (A function by itself, as weigh_rows: between others the compiler runs out of registers.)
-template <int N, class T, class Dim, class Cache>
-NOINLINE void score_rows(const float* q, const T* keys, Dim dim, float* scores, const Cache* next,
-                         const Cache* after) {
+// [16, dim], scores has kTileKeys columns. (A function by itself, as weigh_rows: between others the compiler
+// runs out of registers.)
+template <int N, class T, class Dim, class Next>
+NOINLINE void score_rows(const float* q, const T* keys, Dim dim, float* scores, Next ahead) {
     // As many sums at once as hide the latency of a multiply-add and still fit into registers.
     constexpr int kKeys = N == 1 ? 8 : N == 4 ? 2 : 4;
     for (int first = 0; first < kBlockSize; first += kKeys) {
-        if (next != nullptr) prefetch(next + first * dim, kKeys * dim);
-        if (after != nullptr) prefetch(after + first * dim, kKeys * dim);
+        ahead.prefetch(first * dim, kKeys * dim);
         Vec sums[N * kKeys] = {};
         for (int64_t d = 0; d < dim; d += kLanes) {
             Vec x[N];
@@ -101,15 +113,14 @@ NOINLINE void score_rows(const float* q, const T* keys, Dim dim, float* scores, 
 }
 
 // sums[row] += weights[row] · values for N rows, `keys` of one block's values [16, dim] and the W vectors at d.
-// It asks for the same share of `next`, a block or null.
-template <int N, int W, class T, class Dim, class Cache>
+template <int N, int W, class T, class Dim, class Next>
 INLINE void weigh_vectors(const float* weights, const T* values, int64_t keys, Dim dim, int64_t d, float* sums,
-                          const Cache* next) {
+                          Next ahead) {
     Vec into[N][W];
     for (int n = 0; n < N; ++n)
         for (int w = 0; w < W; ++w) into[n][w] = load(sums + n * dim + d + w * kLanes);
     for (int64_t key = 0; key < keys; ++key) {
-        if (next != nullptr) prefetch(next + kBlockSize * d + key * W * kLanes, W * kLanes);
+        ahead.prefetch(kBlockSize * d + key * W * kLanes, W * kLanes);
         Vec weight[N];
         for (int n = 0; n < N; ++n) weight[n] = broadcast(weights[n * kTileKeys + key]);
         for (int w = 0; w < W; ++w) {
@@ -122,28 +133,34 @@ INLINE void weigh_vectors(const float* weights, const T* values, int64_t keys, D
 }
 
 // The same for all of dim, an even number of vectors.
-template <int N, class T, class Dim, class Cache>
+template <int N, class T, class Dim, class Next>
 NOINLINE void weigh_rows(const float* weights, const T* values, int64_t keys, Dim dim, float* sums,
-                         const Cache* next) {
+                         Next ahead) {
     constexpr int kWide = N == 1 ? 8 : N == 2 ? 4 : N == 3 ? 3 : 2;  // as many sums as leave registers for weights
     int64_t d = 0;
     for (; (dim - d) % (kWide * kLanes) != 0; d += 2 * kLanes)
-        weigh_vectors<N, 2>(weights, values, keys, dim, d, sums, next);
+        weigh_vectors<N, 2>(weights, values, keys, dim, d, sums, ahead);
     for (; d < dim; d += kWide * kLanes)
-        weigh_vectors<N, kWide>(weights, values, keys, dim, d, sums, next);
+        weigh_vectors<N, kWide>(weights, values, keys, dim, d, sums, ahead);
 }
 
-// run(std::integral_constant<int, N>, first row) for all rows: three at a time are fastest, alone slowest.
-template <class Run>
-INLINE void for_rows(int64_t rows, Run run) {
+// run(std::integral_constant<int, N>, first row, what to ask for) for all rows: three at a time are fastest, alone
+// slowest. The first ones ask for all that is ahead, unless it is null.
+template <class T, class Run>
+INLINE void for_rows(int64_t rows, Ahead<T> ahead, Run run) {
     int64_t row = 0;
-    if (rows % 3 == 1 && rows > 1) {
-        run(std::integral_constant<int, 4>{}, row);
-        row = 4;
-    }
-    for (; row + 3 <= rows; row += 3) run(std::integral_constant<int, 3>{}, row);
-    if (rows - row == 2) run(std::integral_constant<int, 2>{}, row);
-    if (rows - row == 1) run(std::integral_constant<int, 1>{}, row);
+    auto next = [&](auto n) {
+        if (row == 0 && ahead.soon != nullptr) {
+            run(n, row, ahead);
+        } else {
+            run(n, row, NothingAhead{});
+        }
+        row += n();
+    };
+    if (rows % 3 == 1 && rows > 1) next(std::integral_constant<int, 4>{});
+    while (row + 3 <= rows) next(std::integral_constant<int, 3>{});
+    if (rows - row == 2) next(std::integral_constant<int, 2>{});
+    if (rows - row == 1) next(std::integral_constant<int, 1>{});
 }
 
 // Scores become weights e^(score - largest); what was summed up so far is rescaled where the largest grew.
@@ -284,26 +301,26 @@ class Kernel {
         const int64_t num_keys = first_position + (tile.row + tile.rows - 1) / group + 1;
         const int64_t range_end = std::min<int64_t>(num_keys, int64_t(range + 1) * kRangeKeys);
         const int32_t* table = a_.tables + tile.sequence * a_.table_stride;
+        // The block of the tile's KV head that holds a position's key or value; null past the last.
+        auto block = [&](const T* cache, int64_t position) -> const T* {
+            if (position >= num_keys) return nullptr;
+            const int64_t place = int64_t(table[position / kBlockSize]) * a_.kv_heads + tile.kv_head;
+            return cache + place * kBlockSize * a_.head_dim;
+        };
         // The first row sees the earliest keys. 64s begin at multiples of 64 and blocks before are left out.
         const int64_t begin = a_.window_begin(first_position + tile.row / group);
         result.reset(tile.rows, padded_);
-        const int64_t first_start = std::max(int64_t(range) * kRangeKeys, begin / kTileKeys * kTileKeys);
-        for (int64_t start = first_start; start < range_end; start += kTileKeys) {
+        int64_t start = std::max(int64_t(range) * kRangeKeys, begin / kTileKeys * kTileKeys);
+        for (; start < range_end; start += kTileKeys) {
             const int64_t keys = std::min<int64_t>(kTileKeys, range_end - start);
             const int64_t first_block = std::max<int64_t>(0, begin - start) / kBlockSize * kBlockSize;
             for (int64_t first = first_block; first < keys; first += kBlockSize) {
-                // Blocks lie anywhere in the pool: the CPU can't guess where the next ones are. While keys are
-                // scored their values are asked for, and while those are weighed the next 64's keys; only the
-                // first 64 keys have to be asked for one block ahead.
-                const int64_t place = block_place(table, start + first, tile.kv_head);
-                const int64_t ahead = start + first + kBlockSize;
-                const T* next = nullptr;
-                if (start == first_start && ahead < num_keys)
-                    next = k_cache_ + block_place(table, ahead, tile.kv_head);
-                with_block(k_cache_ + place, widened, [&](auto* block) {
-                    for_rows(tile.rows, [&](auto n, int64_t row) {
-                        score_rows<n()>(q + row * padded_, block, padded_, scores + row * kTileKeys + first,
-                                        row == 0 ? v_cache_ + place : nullptr, row == 0 ? next : nullptr);
+                const T* next = first + kBlockSize < keys ? block(k_cache_, start + first + kBlockSize)
+                                                          : block(v_cache_, start + first_block);
+                const Ahead<T> ahead{next, block(v_cache_, start + first)};
+                with_block(block(k_cache_, start + first), widened, [&](auto* data) {
+                    for_rows(tile.rows, ahead, [&](auto n, int64_t row, auto next) {
+                        score_rows<n()>(q + row * padded_, data, padded_, scores + row * kTileKeys + first, next);
                     });
                 });
             }
@@ -315,12 +332,15 @@ class Kernel {
                            result.largest + row, result.total + row, result.values + row * padded_);
             }
             for (int64_t first = first_block; first < keys; first += kBlockSize) {
-                const int64_t count = std::min<int64_t>(kBlockSize, keys - first), ahead = start + kTileKeys + first;
-                const T* next = ahead >= num_keys ? nullptr : k_cache_ + block_place(table, ahead, tile.kv_head);
-                with_block(v_cache_ + block_place(table, start + first, tile.kv_head), widened, [&](auto* values) {
-                    for_rows(tile.rows, [&](auto n, int64_t row) {
-                        weigh_rows<n()>(scores + row * kTileKeys + first, values, count, padded_,
-                                        result.values + row * padded_, row == 0 ? next : nullptr);
+                const T* next = first + kBlockSize < keys ? block(v_cache_, start + first + kBlockSize)
+                                                          : block(k_cache_, start + kTileKeys);
+                const T* later = block(k_cache_, start + kTileKeys + first);
+                const Ahead<T> ahead{next, later != nullptr ? later : next};
+                const int64_t count = std::min<int64_t>(kBlockSize, keys - first);
+                with_block(block(v_cache_, start + first), widened, [&](auto* data) {
+                    for_rows(tile.rows, ahead, [&](auto n, int64_t row, auto next) {
+                        weigh_rows<n()>(scores + row * kTileKeys + first, data, count, padded_,
+                                        result.values + row * padded_, next);
                     });
                 });
             }
@@ -348,10 +368,6 @@ class Kernel {
 
     int64_t query_head(const AttentionTile& tile, int64_t row) const {
         return tile.kv_head * a_.group() + (tile.row + row) % a_.group();
-    }
-
-    int64_t block_place(const int32_t* table, int64_t position, int64_t kv_head) const {
-        return (int64_t(table[position / kBlockSize]) * a_.kv_heads + kv_head) * kBlockSize * a_.head_dim;
     }
 
     AttentionPlan& plan_;
