@@ -251,15 +251,15 @@ class CppBackend(KernelBackend):
                 f"decoder_layers: {num_tokens} tokens of {num_seqs} sequences, qkv of {qkv_rows} rows, "
                 f"o of {q_rows} columns, caches {tuple(kind[0])}, or int32 tables, don't fit together"
             )
-        table = array("q")
+        rows: list[bytes] = []
         for layer, cache in zip(layers, caches, strict=True):
             if layer.sizes != sizes or cache.kind != kind:
                 raise ValueError(
                     f"decoder_layers: all layers must be as the first, {sizes} and {kind}, "
                     f"got {layer.sizes} and {cache.kind}"
                 )
-            table.extend(layer.arguments)
-            table.extend(cache.arguments)
+            rows += layer.arguments, cache.arguments
+        table = array("q", b"".join(rows))
         out_TN = torch.empty_like(x_TN)
         self._decoder_layers(
             table.buffer_info()[0],

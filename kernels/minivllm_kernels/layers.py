@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,7 +52,7 @@ class LayerWeights:
         return hidden_size, qkv_rows, self.o.shape[1], inner_size
 
     @cached_property
-    def arguments(self) -> list[int]:
+    def arguments(self) -> bytes:
         """What the C++ kernels take for it, if it is packed: ``Layer`` of layers.cpp, without the caches."""
         hidden_size = self.sizes[0]
         row = [
@@ -66,7 +67,7 @@ class LayerWeights:
         ):
             assert isinstance(weight, PackedWeight)
             row += *weight.arguments, address(bias, weight.rows)
-        return row
+        return array("q", row).tobytes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +89,9 @@ class LayerCache:
         return k_PKSD.shape, k_PKSD.dtype
 
     @cached_property
-    def arguments(self) -> list[int]:
-        """Both addresses."""
-        return [self.k_PKSD.data_ptr(), self.v_PKSD.data_ptr()]
+    def arguments(self) -> bytes:
+        """Both addresses: the rest of ``Layer``."""
+        return array("q", [self.k_PKSD.data_ptr(), self.v_PKSD.data_ptr()]).tobytes()
 
 
 def address(vector: torch.Tensor | None, size: int) -> int:

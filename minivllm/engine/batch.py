@@ -53,7 +53,7 @@ class FlatBatch:
         num_tokens = np.array([item.num_tokens for item in items], dtype=np.int64)
         computed = np.array([item.start for item in items], dtype=np.int64)
         query_start = np.zeros(len(items) + 1, dtype=np.int32)
-        np.cumsum(num_tokens, out=query_start[1:])
+        num_tokens.cumsum(out=query_start[1:])
 
         input_ids: list[int] = []
         for item in items:
@@ -65,7 +65,7 @@ class FlatBatch:
         rows = b"".join([table.tobytes().ljust(row_size, b"\0") for table in block_tables])
         tables = np.frombuffer(bytearray(rows), dtype=np.int32).reshape(len(items), -1)
 
-        sequence_of_T = np.repeat(np.arange(len(items)), num_tokens)
+        sequence_of_T = np.arange(len(items)).repeat(num_tokens)
         positions = np.arange(len(input_ids)) - query_start[sequence_of_T] + computed[sequence_of_T]
         blocks = tables[sequence_of_T, positions // BLOCK_SIZE].astype(np.int64)
         sampled = np.array([item.is_sampled for item in items], dtype=bool)

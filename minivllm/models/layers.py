@@ -128,10 +128,10 @@ class RotaryEmbedding:
     """Cosines and sines for a step's positions, computed once a step and passed to every layer."""
 
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
-        self.frequencies = rope_frequencies(config, head_dim).to(device)
+        frequencies = rope_frequencies(config, head_dim)
+        self.frequencies = torch.cat((frequencies, frequencies)).to(device)
 
     def __call__(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns float32 (cos, sin), each [T, D], the second half repeating the first."""
         angles = positions_T.float()[:, None] * self.frequencies
-        angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()

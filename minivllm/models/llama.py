@@ -122,8 +122,8 @@ class Llama:
         """The last norm and the large product, for some of the step's tokens only: [L, V]."""
         x_TN, residual_TN = hidden
         logits_LV, _ = self.kernels.rms_norm_linear(
-            x_TN[index_L],
-            None if residual_TN is None else residual_TN[index_L],
+            x_TN.index_select(0, index_L),
+            None if residual_TN is None else residual_TN.index_select(0, index_L),
             self.norm_weight,
             self.config.rms_norm_eps,
             self.lm_head,
