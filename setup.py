@@ -39,10 +39,11 @@ FLAGS = [
     "-Wno-unknown-warning-option",  # clang doesn't know all of these
 ]
 CSRC = Path("kernels/csrc")
+MAX_COMPILERS = 4  # at once: each takes some hundred MiB, and a container may see many cores and have little
 
 
 class BuildKernels(build_ext):
-    """Compile each source file several times, on all cores, then link all of it into one module."""
+    """Compile each source file several times, on several cores, then link all of it into one module."""
 
     def build_extension(self, ext: Extension) -> None:
         openmp = ["-fopenmp"] if self._has_openmp() else []
@@ -60,7 +61,7 @@ class BuildKernels(build_ext):
 
         for name in INSTRUCTION_SETS:  # before several threads make the same folders
             Path(self.build_temp, name, CSRC).mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_COMPILERS)) as threads:
             built = threads.map(compile_one, *zip(*itertools.product(INSTRUCTION_SETS, SOURCES), strict=True))
             objects = [*itertools.chain.from_iterable(built)]
         objects += compiler.compile(

@@ -90,7 +90,7 @@ INLINE int32_t sum_lanes(VecInt v) {
 // The sums over lanes of four vectors; each is what it would be beside any other three.
 INLINE void sum_lanes4(const Vec* v, float* to) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    // What vhaddps does, too, in fewer steps.
+    // Instead of vhaddps, which takes more steps: lanes 0 and 2, 1 and 3, then both.
     auto pairs = [](Vec a, Vec b) {
         return __m256d(_mm256_add_ps(_mm256_unpacklo_ps(__m256(a), __m256(b)), _mm256_unpackhi_ps(__m256(a), __m256(b))));
     };
