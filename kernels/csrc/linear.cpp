@@ -19,8 +19,8 @@ namespace {
 // Groups that are unpacked at once: they stay in the L1 cache.
 template <int Bits>
 constexpr int64_t kBlockGroups = 24 * 1024 / kUnpackedBytes<Bits>;
-constexpr int64_t kBlockTokens = 128;  // tokens that pass over them: their activations stay in L2
-constexpr int64_t kTokensAtATime = 4;  // that a thread quantises
+// Tiles that pass over them, and the most tokens that these have: their activations stay in L2.
+constexpr int64_t kBlockTiles = 128 / kTileTokens, kBlockTokens = kBlockTiles * kTileTokens;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -36,14 +36,17 @@ INLINE float largest_magnitude(const float* from) {
     return as_float(max_lanes(largest));
 }
 
-// Columns of one token to integers, group by group, into the groups from `at` on; columns past the end are zero.
+// Columns of one token to integers, group by group, from its group `first` on; columns past the end are zero.
 template <int Bits>
-void quantize_row(const float* x, int64_t columns, const Activations<Bits>& to, int64_t at) {
+void quantize_row(const float* x, int64_t columns, const Activations<Bits>& to, int64_t token, int64_t first) {
     using T = Value<Bits>;
     const float levels = std::numeric_limits<T>::max();
-    for (int64_t g = 0; g * kGroup < columns; ++g, ++at) {
+    const int64_t tile = to.tile_of(token), tile_begin = to.tile_begin(tile);
+    const int64_t tile_tokens = to.tile_begin(tile + 1) - tile_begin, place = token % kStrip;
+    T* values = to.values + (tile_begin * to.groups + first * tile_tokens + token - tile_begin) * kGroup;
+    Numbers* numbers = to.numbers + token / kStrip * to.groups + first;
+    for (int64_t g = 0; g * kGroup < columns; ++g, values += tile_tokens * kGroup, ++numbers) {
         const float* from = x + g * kGroup;
-        T* values = to.values + at * kGroup;
         float padded[kGroup];
         if ((g + 1) * kGroup > columns) {
             for (int i = 0; i < kGroup; ++i) padded[i] = g * kGroup + i < columns ? from[i] : 0.0f;
@@ -52,8 +55,8 @@ void quantize_row(const float* x, int64_t columns, const Activations<Bits>& to, 
         float amax = largest_magnitude(from);
         if (!(amax <= std::numeric_limits<float>::max())) {  // the token's results are NaN, as with floats
             std::fill(values, values + kGroup, T(0));
-            to.scales[at] = to.scaled_sums[at] = std::numeric_limits<float>::quiet_NaN();
-            to.sums[at] = 0;
+            numbers->scales[place] = numbers->scaled_sums[place] = std::numeric_limits<float>::quiet_NaN();
+            numbers->sums[place] = 0;
             continue;
         }
         float inverse = amax > 1e-30f ? levels / amax : 0.0f;  // what is less is zero: no inverse overflows
@@ -63,29 +66,42 @@ void quantize_row(const float* x, int64_t columns, const Activations<Bits>& to, 
             total += rounded[i];
         }
         store_group(rounded, values);
-        to.sums[at] = sum_lanes(total);
-        to.scales[at] = amax / levels;
-        to.scaled_sums[at] = to.scales[at] * float(to.sums[at]);
+        const int32_t sum = sum_lanes(total);
+        const float scale = amax / levels;
+        numbers->sums[place] = sum;
+        numbers->scales[place] = scale;
+        numbers->scaled_sums[place] = scale * float(sum);
     }
 }
 
-// tile(std::integral_constant<int, N>, first token) for the tokens [begin, end), N at a time.
-template <int N = kTileTokens, class Tile>
-void for_tokens(int64_t begin, int64_t end, Tile tile) {
-    for (; begin + N <= end; begin += N) tile(std::integral_constant<int, N>{}, begin);
-    if constexpr (N > 1) for_tokens<N - 1>(begin, end, tile);
+constexpr int64_t kLineBytes = 64;  // of a cache
+
+// What begins with the first whole line of some memory.
+template <class T>
+T* aligned(std::vector<uint8_t>& memory) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
+    return reinterpret_cast<T*>((address + kLineBytes - 1) / kLineBytes * kLineBytes);
 }
 
-// One panel of 16 rows times the tokens [begin, end). It is unpacked once for all of them.
+// run(std::integral_constant<int, count>) for a tile's number of tokens.
+template <int N = kTileTokens, class Run>
+INLINE void for_count(int64_t count, Run run) {
+    if constexpr (N > 1)
+        if (count < N) return for_count<N - 1>(count, run);
+    run(std::integral_constant<int, N>{});
+}
+
+// One panel of 16 rows times the tiles [begin, end): [tokens, 16]. It is unpacked once for all of them.
 template <int Bits>
 void multiply_panel(const uint8_t* panel, const Activations<Bits>& a, int64_t begin, int64_t end, float* sums) {
-    if (end - begin <= kTileTokens) {
-        for_tokens(begin, end, [&](auto n, int64_t token) {
-            tile_packed<Bits, n()>(panel, a, token * a.groups, a.groups, sums + (token - begin) * kPanel);
+    if (end - begin == 1) {
+        for_count(a.tile_begin(end) - a.tile_begin(begin), [&](auto n) {
+            tile_packed<Bits, n()>(panel, TileActivations<Bits>(a, begin, 0), a.groups, sums);
         });
         return;
     }
-    std::fill(sums, sums + (end - begin) * kPanel, 0.0f);
+    const int64_t first_token = a.tile_begin(begin), num_tokens = a.tile_begin(end) - first_token;
+    std::fill(sums, sums + num_tokens * kPanel, 0.0f);
     alignas(64) uint8_t weights[kBlockGroups<Bits> * kUnpackedBytes<Bits>];
     alignas(64) float scales[kBlockGroups<Bits> * 2 * kPanel];
     const int64_t step = ceil_div(a.groups, ceil_div(a.groups, kBlockGroups<Bits>));
@@ -100,58 +116,70 @@ void multiply_panel(const uint8_t* panel, const Activations<Bits>& a, int64_t be
         // little at a time while this one's tokens are computed.
         const int64_t bytes = count * kBlockBytes<Bits>, share = ceil_div(bytes, end - begin) / 64 * 64 + 64;
         const uint8_t* next = panel + a.groups * kBlockBytes<Bits> + first * kBlockBytes<Bits>;
-        for_tokens(begin, end, [&](auto n, int64_t token) {
-            const int64_t start = (token - begin) * share, stop = std::min(start + n() * share, bytes);
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t start = (i - begin) * share, stop = std::min(start + share, bytes);
             for (int64_t at = start; at < stop; at += 64) __builtin_prefetch(next + at);
-            tile<Bits, n()>(weights, scales, a, token * a.groups + first, count, sums + (token - begin) * kPanel);
-        });
+            const int64_t token = a.tile_begin(i);
+            for_count(a.tile_begin(i + 1) - token, [&](auto n) {
+                tile<Bits, n()>(weights, scales, TileActivations<Bits>(a, i, first), count,
+                                sums + (token - first_token) * kPanel);
+            });
+        }
     }
 }
 
-// The panel at `row` times the tokens [begin, end), and its bias: [tokens, 16].
+// The panel at `row` times the tiles [begin, end), and its bias: [tokens, 16].
 template <int Bits>
 void multiply_rows(const Matrix& weight, int64_t row, const Activations<Bits>& a, int64_t begin, int64_t end,
                    float* sums) {
     multiply_panel<Bits>(weight.blocks + row / kPanel * a.groups * kBlockBytes<Bits>, a, begin, end, sums);
     if (weight.bias == nullptr) return;
     const int64_t count = std::min<int64_t>(kPanel, weight.rows - row);
-    for (int64_t token = begin; token < end; ++token, sums += kPanel)
+    for (int64_t token = a.tile_begin(begin); token < a.tile_begin(end); ++token, sums += kPanel)
         for (int64_t i = 0; i < count; ++i) sums[i] += weight.bias[row + i];
 }
 
 // Threads take a few of the items that each block of tokens has at a time, so that one that another program slowed
 // down takes fewer.
 int64_t at_a_time(int64_t items, int64_t tokens) {
-    return std::max<int64_t>(1, items / ((tokens <= kTokensAtATime ? 4 : 32) * num_threads()));
+    return std::max<int64_t>(1, items / ((tokens <= 4 ? 4 : 32) * num_threads()));
 }
 
 template <int Bits>
-Activations<Bits> activations_in(ActivationMemory& memory, int64_t columns) {
-    return {reinterpret_cast<Value<Bits>*>(memory.values.data()), memory.scales.data(), memory.scaled_sums.data(),
-            memory.sums.data(), ceil_div(columns, kGroup)};
+Activations<Bits> activations_in(ActivationMemory& memory, int64_t columns, int64_t tokens) {
+    return {aligned<Value<Bits>>(memory.values), aligned<Numbers>(memory.numbers), ceil_div(columns, kGroup), tokens};
 }
+
+// Blocks of tiles that pass over a panel's weights together: of equal size, or one less.
+struct Blocks {
+    int64_t num_tiles, num_blocks = ceil_div(num_tiles, kBlockTiles);
+
+    int64_t begin(int64_t block) const { return block * num_tiles / num_blocks; }
+};
 
 // make_row(token, scratch) returns one token's `columns` floats, computed into the scratch or not.
 template <int Bits, class MakeRow>
 Activations<Bits> quantize(Team& team, ActivationMemory& memory, MakeRow make_row, int64_t columns, int64_t tokens) {
-    const Activations<Bits> a = activations_in<Bits>(memory, columns);
-    team.share(tokens, kTokensAtATime, [&](int64_t token) {
+    const Activations<Bits> a = activations_in<Bits>(memory, columns, tokens);
+    team.share(a.num_strips, 1, [&](int64_t strip) {
         static thread_local std::vector<float> row_memory;
-        quantize_row(make_row(token, scratch(row_memory, columns)), columns, a, token * a.groups);
+        for (int64_t token = strip * kStrip; token < std::min((strip + 1) * kStrip, tokens); ++token)
+            quantize_row(make_row(token, scratch(row_memory, columns)), columns, a, token, 0);
     });
     return a;
 }
 
 template <int Bits>
-void multiply(Team& team, const Activations<Bits>& a, const Matrix& weight, float* out, int64_t tokens) {
-    const int64_t panels = ceil_div(weight.rows, kPanel), items = ceil_div(tokens, kBlockTokens) * panels;
+void multiply(Team& team, const Activations<Bits>& a, const Matrix& weight, float* out) {
+    const int64_t panels = ceil_div(weight.rows, kPanel);
+    const Blocks blocks{a.num_tiles};
     alignas(64) float sums[kBlockTokens * kPanel];
-    team.share(items, at_a_time(panels, tokens), [&](int64_t item) {
-        const int64_t begin = item / panels * kBlockTokens, end = std::min(begin + kBlockTokens, tokens);
+    team.share(blocks.num_blocks * panels, at_a_time(panels, a.tokens), [&](int64_t item) {
+        const int64_t begin = blocks.begin(item / panels), end = blocks.begin(item / panels + 1);
         const int64_t row = item % panels * kPanel, count = std::min<int64_t>(kPanel, weight.rows - row);
         multiply_rows(weight, row, a, begin, end, sums);
-        for (int64_t token = begin; token < end; ++token) {
-            const float* from = sums + (token - begin) * kPanel;
+        const float* from = sums;
+        for (int64_t token = a.tile_begin(begin); token < a.tile_begin(end); ++token, from += kPanel) {
             float* to = out + token * weight.rows + row;
             if (count == kPanel)
                 for (int i = 0; i < kPanel; i += kLanes) store(to + i, load(from + i));
@@ -173,28 +201,31 @@ void quantize_and_multiply(Team& team, ActivationMemory& memory, MakeRow make_ro
                            int64_t tokens) {
     for_bits(weight.bits, [&](auto bits) {
         const auto a = quantize<bits()>(team, memory, make_row, weight.columns, tokens);
-        multiply(team, a, weight, out, tokens);
+        multiply(team, a, weight, out);
     });
 }
 
 // silu(gate) * up of the tokens, quantised for a product with weights of InnerBits: a group of 32 columns at a time
 // from its two panels of gates and two of ups, while these are in the L1 cache.
 template <int InnerBits, int Bits>
-void multiply_gate_up(Team& team, const Activations<Bits>& a, const Matrix& weight, const Activations<InnerBits>& inner,
-                      int64_t tokens) {
-    const int64_t inner_size = weight.rows / 2, items = ceil_div(tokens, kBlockTokens) * inner.groups;
+void multiply_gate_up(Team& team, const Activations<Bits>& a, const Matrix& weight,
+                      const Activations<InnerBits>& inner) {
+    const int64_t inner_size = weight.rows / 2;
+    const Blocks blocks{a.num_tiles};
     alignas(64) float gates[kBlockTokens * kPanel], ups[kBlockTokens * kPanel], activated[kBlockTokens * kGroup];
-    team.share(items, at_a_time(inner.groups, tokens), [&](int64_t item) {
-        const int64_t begin = item / inner.groups * kBlockTokens, end = std::min(begin + kBlockTokens, tokens);
-        const int64_t first = item % inner.groups * kGroup, count = std::min<int64_t>(kGroup, inner_size - first);
+    team.share(blocks.num_blocks * inner.groups, at_a_time(inner.groups, a.tokens), [&](int64_t item) {
+        const int64_t begin = blocks.begin(item / inner.groups), end = blocks.begin(item / inner.groups + 1);
+        const int64_t first_token = a.tile_begin(begin), num_tokens = a.tile_begin(end) - first_token;
+        const int64_t group = item % inner.groups, first = group * kGroup;
+        const int64_t count = std::min<int64_t>(kGroup, inner_size - first);
         for (int64_t column = 0; column < count; column += kPanel) {
             multiply_rows(weight, first + column, a, begin, end, gates);
             multiply_rows(weight, inner_size + first + column, a, begin, end, ups);
-            for (int64_t i = 0; i < end - begin; ++i)
+            for (int64_t i = 0; i < num_tokens; ++i)
                 silu_and_mul_row(gates + i * kPanel, ups + i * kPanel, activated + i * kGroup + column, kPanel);
         }
-        for (int64_t token = begin; token < end; ++token)
-            quantize_row(activated + (token - begin) * kGroup, count, inner, token * inner.groups + first / kGroup);
+        for (int64_t i = 0; i < num_tokens; ++i)
+            quantize_row(activated + i * kGroup, count, inner, first_token + i, group);
     });
 }
 
@@ -219,11 +250,9 @@ void with_memory(int64_t tokens, int64_t columns, Work work) {
 }  // namespace
 
 void ActivationMemory::reserve(int64_t tokens, int64_t columns) {
-    const int64_t groups = tokens * ceil_div(columns, kGroup);
-    scratch(values, groups * kGroup);
-    scratch(scales, groups);
-    scratch(scaled_sums, groups);
-    scratch(sums, groups);
+    const int64_t groups = ceil_div(tokens, kStrip) * ceil_div(columns, kGroup);
+    scratch(values, groups * kStrip * kGroup * int64_t(sizeof(Value<8>)) + kLineBytes);
+    scratch(numbers, groups * int64_t(sizeof(Numbers)) + kLineBytes);
 }
 
 void linear(Team& team, ActivationMemory& memory, const float* x, const Matrix& weight, float* out, int64_t tokens) {
@@ -241,9 +270,9 @@ void mlp(Team& team, ActivationMemory& memory, ActivationMemory& inner_memory, c
     for_bits(gate_up.bits, [&](auto bits) {
         for_bits(down.bits, [&](auto inner_bits) {
             const auto a = quantize<bits()>(team, memory, norm_rows(norm, gate_up.columns), gate_up.columns, tokens);
-            const auto inner = activations_in<inner_bits()>(inner_memory, down.columns);
-            multiply_gate_up(team, a, gate_up, inner, tokens);
-            multiply(team, inner, down, out, tokens);
+            const auto inner = activations_in<inner_bits()>(inner_memory, down.columns, tokens);
+            multiply_gate_up(team, a, gate_up, inner);
+            multiply(team, inner, down, out);
         });
     });
 }
@@ -267,7 +296,7 @@ void rms_norm_linear(const float* x, float* residual, const float* norm_weight, 
 void embedding(const int64_t* ids, const uint8_t* blocks, int64_t bits, int64_t columns, float* out,
                int64_t tokens) {
     const int64_t groups = ceil_div(columns, kGroup), block_bytes = bits == 4 ? kBlockBytes<4> : kBlockBytes<8>;
-#pragma omp parallel for schedule(static) if (tokens > kTokensAtATime)
+#pragma omp parallel for schedule(static) if (tokens > 4)
     for (int64_t token = 0; token < tokens; ++token) {
         const int64_t lane = ids[token] % kPanel;
         const uint8_t* panel = blocks + ids[token] / kPanel * groups * block_bytes;

@@ -17,9 +17,7 @@ struct Matrix {
 
 // A product's quantised activations, for one product after the other.
 struct ActivationMemory {
-    std::vector<int16_t> values;  // or int8_t
-    std::vector<float> scales, scaled_sums;
-    std::vector<int32_t> sums;
+    std::vector<uint8_t> values, numbers;
 
     // Make room for so many tokens of so many columns.
     void reserve(int64_t tokens, int64_t columns);

@@ -52,18 +52,52 @@ INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Sums and maxima over lanes, always in the same order.
+// Sums and maxima over lanes, always in the same order: halves, until one lane is left.
+#if defined(__AVX512F__)
+INLINE __m256 low_half(Vec v) { return _mm512_castps512_ps256((__m512)v); }
+
+INLINE __m256 high_half(Vec v) { return _mm512_extractf32x8_ps((__m512)v, 1); }
+
+INLINE __m256i low_half(VecInt v) { return _mm512_castsi512_si256((__m512i)v); }
+
+INLINE __m256i high_half(VecInt v) { return _mm512_extracti32x8_epi32((__m512i)v, 1); }
+
+INLINE __m256 sum_halves(Vec v) { return _mm256_add_ps(low_half(v), high_half(v)); }
+
+INLINE __m256 max_halves(Vec v) { return _mm256_max_ps(low_half(v), high_half(v)); }
+
+INLINE __m256i sum_halves(VecInt v) { return _mm256_add_epi32(low_half(v), high_half(v)); }
+
+INLINE __m256i max_halves(VecInt v) { return _mm256_max_epi32(low_half(v), high_half(v)); }
+#elif defined(__AVX2__)
+INLINE __m256 sum_halves(Vec v) { return (__m256)v; }  // it has no more than one of them
+
+INLINE __m256 max_halves(Vec v) { return (__m256)v; }
+
+INLINE __m256i sum_halves(VecInt v) { return (__m256i)v; }
+
+INLINE __m256i max_halves(VecInt v) { return (__m256i)v; }
+#endif
+
 INLINE float sum_lanes(Vec v) {
+#if defined(__AVX2__)
+    __m256 eight = sum_halves(v);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float lanes[kLanes];
     store(lanes, v);
     for (int width = kLanes / 2; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     return lanes[0];
+#endif
 }
 
 INLINE float max_lanes(Vec v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#if defined(__AVX2__)
+    __m256 eight = max_halves(v);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 #else
@@ -76,8 +110,9 @@ INLINE float max_lanes(Vec v) {
 }
 
 INLINE int32_t sum_lanes(VecInt v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#if defined(__AVX2__)
+    __m256i eight = sum_halves(v);
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
     __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
 #else
@@ -87,9 +122,30 @@ INLINE int32_t sum_lanes(VecInt v) {
 #endif
 }
 
-// The sums over lanes of four vectors; each is what it would be beside any other three.
+INLINE int32_t max_lanes(VecInt v) {
+#if defined(__AVX2__)
+    __m256i eight = max_halves(v);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    __m128i two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 1)));
+#else
+    int32_t largest = v[0];
+    for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+    return largest;
+#endif
+}
+
+// The sums over lanes of four vectors, in whichever order takes the fewest steps; each is what it would be beside
+// any other three.
 INLINE void sum_lanes4(const Vec* v, float* to) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+    auto pairs = [](Vec a, Vec b) {
+        return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b)));
+    };
+    __m512d first = pairs(v[0], v[1]), second = pairs(v[2], v[3]);
+    __m256 fours = sum_halves(Vec(_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)), _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)))));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
+#elif defined(__AVX2__)
     // Instead of vhaddps, which takes more steps: lanes 0 and 2, 1 and 3, then both.
     auto pairs = [](Vec a, Vec b) {
         return __m256d(_mm256_add_ps(_mm256_unpacklo_ps(__m256(a), __m256(b)), _mm256_unpackhi_ps(__m256(a), __m256(b))));
@@ -99,18 +155,6 @@ INLINE void sum_lanes4(const Vec* v, float* to) {
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
 #else
     for (int i = 0; i < 4; ++i) to[i] = sum_lanes(v[i]);
-#endif
-}
-
-INLINE int32_t max_lanes(VecInt v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    __m128i four = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-    __m128i two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
-    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 1)));
-#else
-    int32_t largest = v[0];
-    for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
-    return largest;
 #endif
 }
 
