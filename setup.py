@@ -34,7 +34,8 @@ FLAGS = [
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-Wno-psabi",
-    "-Wno-maybe-uninitialized",
+    "-Wno-maybe-uninitialized",  # and the next: of GCC 12's own AVX-512 header
+    "-Wno-uninitialized",
     "-Wno-unknown-pragmas",
     "-Wno-unknown-warning-option",  # clang doesn't know all of these
 ]

@@ -26,6 +26,7 @@ constexpr int kTileRows = 24;  // more would wait for more keys that only the la
 constexpr int kTileKeys = 64;
 constexpr int kRangeKeys = 512;
 constexpr int kSerialWork = 8;  // rows times ranges that aren't worth waking another thread
+constexpr int kMostTilesAtATime = 8;  // that a thread takes, and whose first blocks it asks for beforehand
 constexpr int kFewRows = 8;  // for so many, widening a block beforehand isn't worth it
 
 // Whether one instruction loads a vector of T and widens it.
@@ -236,12 +237,16 @@ class Kernel {
         float* memory = thread_memory();
         Softmax partial = softmax_at(memory), running = softmax_at(memory + softmax_floats(padded_));
         float* work_memory = memory + 2 * softmax_floats(padded_);
-        team.share(int64_t(plan_.tiles.size()), 1, [&](int64_t i) {
+        const int64_t num_tiles = int64_t(plan_.tiles.size());
+        const int64_t at_a_time = std::clamp<int64_t>(num_tiles / (16 * num_threads()), 1, kMostTilesAtATime);
+        team.share(num_tiles, at_a_time, [&](int64_t i) {
             const AttentionTile& tile = plan_.tiles[i];
+            const bool goes_on = i + 1 < num_tiles && (i + 1) % at_a_time != 0;
             const float* q = load_queries(tile, work_memory);
             running.reset(tile.rows, padded_);
             for (int32_t range = tile.first_range; range < tile.end_range; ++range) {
-                attend(tile, range, q, work_memory, partial);
+                const bool is_last = range + 1 == tile.end_range;
+                attend(tile, range, q, work_memory, partial, is_last && goes_on ? &plan_.tiles[i + 1] : nullptr);
                 merge(partial, running, tile.rows, padded_);
             }
             write(tile, running);
@@ -258,7 +263,7 @@ class Kernel {
             const AttentionTile& tile = plan_.tiles[item.tile];
             float* work_memory = memory + 2 * size;
             const float* q = load_queries(tile, work_memory);
-            attend(tile, item.range, q, work_memory, softmax_at(&plan_.partials[i * size]));
+            attend(tile, item.range, q, work_memory, softmax_at(&plan_.partials[i * size]), nullptr);
         });
         Softmax running = softmax_at(memory);
         team.share(int64_t(plan_.tiles.size()), 1, [&](int64_t i) {
@@ -287,57 +292,84 @@ class Kernel {
         return to;
     }
 
-    // One range of a tile's keys, from scratch, into `result`.
-    void attend(const AttentionTile& tile, int32_t range, const float* q, float* work_memory,
-                const Softmax& result) const {
+    // The keys that the rows of a tile see.
+    struct Keys {
+        Keys(const AttentionBatch& a, const AttentionTile& tile)
+            : table(a.tables + tile.sequence * a.table_stride),
+              kv_heads(a.kv_heads),
+              kv_head(tile.kv_head),
+              block_values(kBlockSize * a.head_dim) {
+            const int64_t queries = a.query_start[tile.sequence + 1] - a.query_start[tile.sequence];
+            first_position = a.seq_lens[tile.sequence] - queries;
+            // The first row sees the earliest keys, the last row the latest ones.
+            begin = a.window_begin(first_position + tile.row / a.group());
+            end = first_position + (tile.row + tile.rows - 1) / a.group() + 1;
+        }
+
+        // The block of the tile's KV head that holds a position's key or value; null past the last.
+        const T* block(const T* cache, int64_t position) const {
+            if (position >= end) return nullptr;
+            return cache + (int64_t(table[position / kBlockSize]) * kv_heads + kv_head) * block_values;
+        }
+
+        // Where the 64s of a range begin: at multiples of 64. Of the first, blocks before `begin` are left out.
+        int64_t start(int32_t range) const {
+            return std::max(int64_t(range) * kRangeKeys, begin / kTileKeys * kTileKeys);
+        }
+        int64_t first_block(int64_t start) const {
+            return std::max<int64_t>(0, begin - start) / kBlockSize * kBlockSize;
+        }
+
+        const int32_t* table;
+        int64_t kv_heads, kv_head, block_values;
+        int64_t first_position, begin, end;
+    };
+
+    // One range of a tile's keys, from scratch, into `result`. The tile that this thread has next is null where that
+    // isn't known, or too far away to ask for its keys.
+    void attend(const AttentionTile& tile, int32_t range, const float* q, float* work_memory, const Softmax& result,
+                const AttentionTile* next_tile) const {
         float* scores = work_memory + kTileRows * padded_;
         // Where vectors don't divide head_dim, or where many rows share the work.
         const bool widens = a_.head_dim != padded_ || (!kLoadsWide<T> && tile.rows > kFewRows);
         float* widened = widens ? scores + kTileRows * kTileKeys : nullptr;
         const int64_t group = a_.group();
-        const int64_t queries = a_.query_start[tile.sequence + 1] - a_.query_start[tile.sequence];
-        const int64_t first_position = a_.seq_lens[tile.sequence] - queries;
-        // Keys that the tile's last row sees.
-        const int64_t num_keys = first_position + (tile.row + tile.rows - 1) / group + 1;
-        const int64_t range_end = std::min<int64_t>(num_keys, int64_t(range + 1) * kRangeKeys);
-        const int32_t* table = a_.tables + tile.sequence * a_.table_stride;
-        // The block of the tile's KV head that holds a position's key or value; null past the last.
-        auto block = [&](const T* cache, int64_t position) -> const T* {
-            if (position >= num_keys) return nullptr;
-            const int64_t place = int64_t(table[position / kBlockSize]) * a_.kv_heads + tile.kv_head;
-            return cache + place * kBlockSize * a_.head_dim;
+        const Keys keys(a_, tile), next_keys(a_, next_tile != nullptr ? *next_tile : tile);
+        const int64_t range_end = std::min<int64_t>(keys.end, int64_t(range + 1) * kRangeKeys);
+        // The key block `first` keys behind a position; where there is none, that of the next tile, from its start on.
+        auto key_block_after = [&](int64_t position, int64_t first) -> const T* {
+            if (position + first < keys.end || next_tile == nullptr) return keys.block(k_cache_, position + first);
+            const int64_t start = next_keys.start(next_tile->first_range);
+            return next_keys.block(k_cache_, start + next_keys.first_block(start) + first);
         };
-        // The first row sees the earliest keys. 64s begin at multiples of 64 and blocks before are left out.
-        const int64_t begin = a_.window_begin(first_position + tile.row / group);
         result.reset(tile.rows, padded_);
-        int64_t start = std::max(int64_t(range) * kRangeKeys, begin / kTileKeys * kTileKeys);
-        for (; start < range_end; start += kTileKeys) {
-            const int64_t keys = std::min<int64_t>(kTileKeys, range_end - start);
-            const int64_t first_block = std::max<int64_t>(0, begin - start) / kBlockSize * kBlockSize;
-            for (int64_t first = first_block; first < keys; first += kBlockSize) {
-                const T* next = first + kBlockSize < keys ? block(k_cache_, start + first + kBlockSize)
-                                                          : block(v_cache_, start + first_block);
-                const Ahead<T> ahead{next, block(v_cache_, start + first)};
-                with_block(block(k_cache_, start + first), widened, [&](auto* data) {
+        for (int64_t start = keys.start(range); start < range_end; start += kTileKeys) {
+            const int64_t num_keys = std::min<int64_t>(kTileKeys, range_end - start), after = start + kTileKeys;
+            const int64_t first_block = keys.first_block(start);
+            for (int64_t first = first_block; first < num_keys; first += kBlockSize) {
+                const T* next = first + kBlockSize < num_keys ? keys.block(k_cache_, start + first + kBlockSize)
+                                                              : keys.block(v_cache_, start + first_block);
+                const Ahead<T> ahead{next, keys.block(v_cache_, start + first)};
+                with_block(keys.block(k_cache_, start + first), widened, [&](auto* data) {
                     for_rows(tile.rows, ahead, [&](auto n, int64_t row, auto next) {
                         score_rows<n()>(q + row * padded_, data, padded_, scores + row * kTileKeys + first, next);
                     });
                 });
             }
             for (int64_t row = 0; row < tile.rows; ++row) {
-                const int64_t position = first_position + (tile.row + row) / group;
+                const int64_t position = keys.first_position + (tile.row + row) / group;
                 const int64_t hidden = std::clamp<int64_t>(a_.window_begin(position) - start, 0, kTileKeys);
                 if (a_.softcap > 0.0f) cap_row(scores + row * kTileKeys, a_.softcap);
-                soften_row(scores + row * kTileKeys, hidden, std::min<int64_t>(position + 1 - start, keys), padded_,
+                soften_row(scores + row * kTileKeys, hidden, std::min<int64_t>(position + 1 - start, num_keys), padded_,
                            result.largest + row, result.total + row, result.values + row * padded_);
             }
-            for (int64_t first = first_block; first < keys; first += kBlockSize) {
-                const T* next = first + kBlockSize < keys ? block(v_cache_, start + first + kBlockSize)
-                                                          : block(k_cache_, start + kTileKeys);
-                const T* later = block(k_cache_, start + kTileKeys + first);
+            for (int64_t first = first_block; first < num_keys; first += kBlockSize) {
+                const T* next = first + kBlockSize < num_keys ? keys.block(v_cache_, start + first + kBlockSize)
+                                                              : key_block_after(after, 0);
+                const T* later = key_block_after(after, first);
                 const Ahead<T> ahead{next, later != nullptr ? later : next};
-                const int64_t count = std::min<int64_t>(kBlockSize, keys - first);
-                with_block(block(v_cache_, start + first), widened, [&](auto* data) {
+                const int64_t count = std::min<int64_t>(kBlockSize, num_keys - first);
+                with_block(keys.block(v_cache_, start + first), widened, [&](auto* data) {
                     for_rows(tile.rows, ahead, [&](auto n, int64_t row, auto next) {
                         weigh_rows<n()>(scores + row * kTileKeys + first, data, count, padded_,
                                         result.values + row * padded_, next);

@@ -10,7 +10,7 @@
 namespace minivllm::ISA {
 
 template <int Bits>
-constexpr int kUnpackedBytes = kPanel * kGroup * (Bits == 4 ? 1 : 2);
+constexpr int kUnpackedBytes = kPanel * kGroup * (Bits == 4 ? 1 : 2) + kScaleBytes;
 
 // Packing works within the halves of a vector: the order of fours is mended at the end.
 template <>
@@ -60,6 +60,7 @@ INLINE void unpack(const uint8_t* block, uint8_t* to) {
             store_bytes(quad + 64, odd_bytes(v));
         }
     }
+    unpack_scales<Bits>(block, to + kUnpackedBytes<Bits> - kScaleBytes);
 }
 
 // The products of one vector of weights and the activations that it meets: pairs in int16 beside 4 bits,
@@ -83,24 +84,26 @@ INLINE __m256 scale(__m256i sums, __m256 d, __m256 m, const Numbers& numbers, in
 }
 
 template <int Bits, int N>
-INLINE void tile(const uint8_t* weights, const float* scales, TileActivations<Bits> a, int64_t num_groups,
-                 float* out) {
-    constexpr int kSteps = kUnpackedBytes<Bits> / 64, kWidth = kGroup / kSteps;
+INLINE void tile(const uint8_t* weights, TileActivations<Bits> a, int64_t num_groups, bool adds, float* out) {
+    constexpr int kSteps = (kUnpackedBytes<Bits> - kScaleBytes) / 64, kWidth = kGroup / kSteps;
     __m256 f[N][2];  // weight rows 0 to 7, and 8 to 15
     UNROLL for (int t = 0; t < N; ++t)
-        UNROLL for (int half = 0; half < 2; ++half) f[t][half] = _mm256_loadu_ps(out + t * kPanel + half * 8);
-    for (int64_t g = 0; g < num_groups; ++g, a.values += N * kGroup, weights += kUnpackedBytes<Bits>, scales += 2 * kPanel) {
+        UNROLL for (int half = 0; half < 2; ++half) 
+            f[t][half] = adds ? _mm256_loadu_ps(out + t * kPanel + half * 8) : _mm256_setzero_ps();
+    for (int64_t g = 0; g < num_groups; ++g, a.values += N * kGroup, weights += kUnpackedBytes<Bits>) {
         __m256i sums[N][2];
         UNROLL for (int k = 0; k < kSteps; ++k) {
             __m256i w0 = load_bytes(weights + k * 64), w1 = load_bytes(weights + k * 64 + 32);
             UNROLL for (int t = 0; t < N; ++t) {
-                __m256i p0 = product(w0, a.values + t * kGroup + k * kWidth), p1 = product(w1, a.values + t * kGroup + k * kWidth);
+                const Value<Bits>* x = a.values + t * kGroup + k * kWidth;
+                __m256i p0 = product(w0, x), p1 = product(w1, x);
                 sums[t][0] = k == 0 ? p0 : add<Bits>(sums[t][0], p0);
                 sums[t][1] = k == 0 ? p1 : add<Bits>(sums[t][1], p1);
                 KEEP(sums[t][0]);
                 KEEP(sums[t][1]);
             }
         }
+        const float* scales = (const float*)(weights + kSteps * 64);
         UNROLL for (int t = 0; t < N; ++t)
             UNROLL for (int half = 0; half < 2; ++half) {
                 __m256 d = _mm256_loadu_ps(scales + half * 8), m = _mm256_loadu_ps(scales + kPanel + half * 8);
@@ -116,6 +119,7 @@ template <int Bits, int N>
 INLINE void tile_packed(const uint8_t* blocks, TileActivations<Bits> a, int64_t num_groups, float* out) {
     __m256 f[N][2] = {};
     for (int64_t g = 0; g < num_groups; ++g, a.values += N * kGroup, blocks += kBlockBytes<Bits>) {
+        prefetch_ahead<Bits>(blocks);
         const uint8_t* numbers = blocks + kValueBytes<Bits>;
         UNROLL for (int half = 0; half < 2; ++half) {
             __m256i sums[N];

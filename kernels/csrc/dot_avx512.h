@@ -9,7 +9,7 @@
 namespace minivllm::ISA {
 
 template <int Bits>
-constexpr int kUnpackedBytes = kPanel * kGroup;
+constexpr int kUnpackedBytes = kPanel * kGroup + kScaleBytes;
 
 // Quad k of a packed group's weights.
 template <int Bits>
@@ -22,6 +22,7 @@ INLINE __m512i load_weights(const uint8_t* block, int k) {
 template <int Bits>
 INLINE void unpack(const uint8_t* block, uint8_t* to) {
     UNROLL for (int k = 0; k < 8; ++k) _mm512_storeu_si512(to + k * 64, load_weights<Bits>(block, k));
+    unpack_scales<Bits>(block, to + 8 * 64);
 }
 
 // f += the products of N tokens and one group: quad k of its weights is weights(k).
@@ -30,10 +31,8 @@ INLINE void add_group(const TileActivations<Bits>& a, int64_t group, Weights wei
                       __m512 (&f)[N]) {
     const int8_t* x = a.values + group * N * kGroup;
     __m512i sums[N];
-    UNROLL for (int t = 0; t < N; ++t) {
-        sums[t] = _mm512_setzero_si512();
-        if (Bits == 8) sums[t] = _mm512_slli_epi32(_mm512_set1_epi32(-a.of(t, group).sums[t % kStrip]), 7);
-    }
+    UNROLL for (int t = 0; t < N; ++t)
+        sums[t] = Bits == 4 ? _mm512_setzero_si512() : _mm512_set1_epi32(a.of(t, group).offsets[t % kStrip]);
     UNROLL for (int k = 0; k < 8; ++k) {
         __m512i w = weights(k);
         UNROLL for (int t = 0; t < N; ++t)
@@ -52,13 +51,13 @@ INLINE void add_group(const TileActivations<Bits>& a, int64_t group, Weights wei
 
 // (Functions by themselves: between others compilers run out of registers.)
 template <int Bits, int N>
-NOINLINE void tile(const uint8_t* weights, const float* scales, TileActivations<Bits> a, int64_t num_groups,
-                   float* out) {
+NOINLINE void tile(const uint8_t* weights, TileActivations<Bits> a, int64_t num_groups, bool adds, float* out) {
     __m512 f[N];
-    UNROLL for (int t = 0; t < N; ++t) f[t] = _mm512_loadu_ps(out + t * kPanel);
-    for (int64_t g = 0; g < num_groups; ++g, weights += kUnpackedBytes<Bits>, scales += 2 * kPanel) {
+    UNROLL for (int t = 0; t < N; ++t) f[t] = adds ? _mm512_loadu_ps(out + t * kPanel) : _mm512_setzero_ps();
+    for (int64_t g = 0; g < num_groups; ++g, weights += kUnpackedBytes<Bits>) {
         auto quad = [&](int k) { return _mm512_loadu_si512(weights + k * 64); };
-        add_group<Bits>(a, g, quad, _mm512_loadu_ps(scales), _mm512_loadu_ps(scales + kPanel), f);
+        const uint8_t* scales = weights + 8 * 64;
+        add_group<Bits>(a, g, quad, _mm512_loadu_ps(scales), _mm512_loadu_ps(scales + 64), f);
     }
     UNROLL for (int t = 0; t < N; ++t) _mm512_storeu_ps(out + t * kPanel, f[t]);
 }
@@ -67,6 +66,7 @@ template <int Bits, int N>
 NOINLINE void tile_packed(const uint8_t* blocks, TileActivations<Bits> a, int64_t num_groups, float* out) {
     __m512 f[N] = {};
     for (int64_t g = 0; g < num_groups; ++g, blocks += kBlockBytes<Bits>) {
+        prefetch_ahead<Bits>(blocks);
         const __m256i* numbers = (const __m256i*)(blocks + kValueBytes<Bits>);
         __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256(numbers));
         __m512 m = Bits == 4 ? _mm512_cvtph_ps(_mm256_loadu_si256(numbers + 1)) : d;

@@ -6,7 +6,7 @@
 namespace minivllm::ISA {
 
 template <int Bits>
-constexpr int kUnpackedBytes = kPanel * kGroup;
+constexpr int kUnpackedBytes = kPanel * kGroup + kScaleBytes;
 
 template <int Bits>
 INLINE void unpack(const uint8_t* block, uint8_t* to) {
@@ -14,13 +14,14 @@ INLINE void unpack(const uint8_t* block, uint8_t* to) {
         to[i] = Bits == 8 ? block[i] : block[i] & 0x0F;
         if (Bits == 4) to[256 + i] = block[i] >> 4;
     }
+    unpack_scales<Bits>(block, to + kPanel * kGroup);
 }
 
 template <int Bits, int N>
-INLINE void tile(const uint8_t* weights, const float* scales, TileActivations<Bits> a, int64_t num_groups,
-                 float* out) {
+INLINE void tile(const uint8_t* weights, TileActivations<Bits> a, int64_t num_groups, bool adds, float* out) {
     static_assert(N == 1, "one token at a time");
-    for (int64_t g = 0; g < num_groups; ++g, weights += kUnpackedBytes<Bits>, scales += 2 * kPanel) {
+    if (!adds) std::fill(out, out + kPanel, 0.0f);
+    for (int64_t g = 0; g < num_groups; ++g, weights += kUnpackedBytes<Bits>) {
         int32_t sums[kPanel] = {};
         for (int k = 0; k < 8; ++k)
             for (int row = 0; row < kPanel; ++row)
@@ -28,6 +29,7 @@ INLINE void tile(const uint8_t* weights, const float* scales, TileActivations<Bi
                     int32_t weight = weights[k * 64 + row * 4 + i];
                     sums[row] += (Bits == 4 ? weight : weight - 128) * a.values[g * kGroup + k * 4 + i];
                 }
+        const float* scales = (const float*)(weights + kPanel * kGroup);
         for (int row = 0; row < kPanel; ++row) {
             out[row] += scales[row] * a.numbers[g].scales[0] * float(sums[row]);
             if (Bits == 4) out[row] += scales[kPanel + row] * a.numbers[g].scaled_sums[0];
@@ -37,14 +39,11 @@ INLINE void tile(const uint8_t* weights, const float* scales, TileActivations<Bi
 
 template <int Bits, int N>
 INLINE void tile_packed(const uint8_t* blocks, TileActivations<Bits> a, int64_t num_groups, float* out) {
-    uint8_t weights[kUnpackedBytes<Bits>];
-    float scales[2 * kPanel];
-    for (int i = 0; i < N * kPanel; ++i) out[i] = 0.0f;
+    alignas(float) uint8_t weights[kUnpackedBytes<Bits>];
     for (int64_t g = 0; g < num_groups; ++g) {
         const uint8_t* block = blocks + g * kBlockBytes<Bits>;
         unpack<Bits>(block, weights);
-        load_scales<Bits>(block, scales);
-        tile<Bits, N>(weights, scales, a, 1, out);
+        tile<Bits, N>(weights, a, 1, g > 0, out);
         a.values += kGroup;
         ++a.numbers;
     }

@@ -24,71 +24,24 @@ constexpr int64_t kBlockTiles = 128 / kTileTokens, kBlockTokens = kBlockTiles * 
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Of a group. Without their signs, floats' bits are in the floats' order, with NaN above infinity.
-INLINE float largest_magnitude(const float* from) {
-    VecInt largest = {};
-    for (int i = 0; i < kGroup; i += kLanes) {
-        VecInt bits;
-        std::memcpy(&bits, from + i, sizeof bits);
-        bits &= 0x7FFFFFFF;
-        largest = bits > largest ? bits : largest;
-    }
-    return as_float(max_lanes(largest));
-}
-
-// Columns of one token to integers, group by group, from its group `first` on; columns past the end are zero.
+// Columns of one token, group by group, from its group `first` on; columns past the end are zero.
 template <int Bits>
-void quantize_row(const float* x, int64_t columns, const Activations<Bits>& to, int64_t token, int64_t first) {
-    using T = Value<Bits>;
-    const float levels = std::numeric_limits<T>::max();
-    const int64_t tile = to.tile_of(token), tile_begin = to.tile_begin(tile);
-    const int64_t tile_tokens = to.tile_begin(tile + 1) - tile_begin, place = token % kStrip;
-    T* values = to.values + (tile_begin * to.groups + first * tile_tokens + token - tile_begin) * kGroup;
-    Numbers* numbers = to.numbers + token / kStrip * to.groups + first;
-    for (int64_t g = 0; g * kGroup < columns; ++g, values += tile_tokens * kGroup, ++numbers) {
-        const float* from = x + g * kGroup;
-        float padded[kGroup];
-        if ((g + 1) * kGroup > columns) {
-            for (int i = 0; i < kGroup; ++i) padded[i] = g * kGroup + i < columns ? from[i] : 0.0f;
-            from = padded;
-        }
-        float amax = largest_magnitude(from);
-        if (!(amax <= std::numeric_limits<float>::max())) {  // the token's results are NaN, as with floats
-            std::fill(values, values + kGroup, T(0));
-            numbers->scales[place] = numbers->scaled_sums[place] = std::numeric_limits<float>::quiet_NaN();
-            numbers->sums[place] = 0;
-            continue;
-        }
-        float inverse = amax > 1e-30f ? levels / amax : 0.0f;  // what is less is zero: no inverse overflows
-        VecInt rounded[kGroup / kLanes], total = {};
-        for (int i = 0; i < kGroup / kLanes; ++i) {
-            rounded[i] = round_to_int(load(from + i * kLanes) * inverse);
-            total += rounded[i];
-        }
-        store_group(rounded, values);
-        const int32_t sum = sum_lanes(total);
-        const float scale = amax / levels;
-        numbers->sums[place] = sum;
-        numbers->scales[place] = scale;
-        numbers->scaled_sums[place] = scale * float(sum);
-    }
+void round_row(const float* x, int64_t columns, const Activations<Bits>& to, int64_t token, int64_t first) {
+    typename Activations<Bits>::Row row(to, token, first);
+    int64_t column = 0;
+    for (; column + kGroup <= columns; column += kGroup) row.write(x + column);
+    if (column == columns) return;
+    float padded[kGroup] = {};
+    std::copy(x + column, x + columns, padded);
+    row.write(padded);
 }
 
 constexpr int64_t kLineBytes = 64;  // of a cache
 
 // What begins with the first whole line of some memory.
-template <class T>
-T* aligned(std::vector<uint8_t>& memory) {
+void* aligned(std::vector<uint8_t>& memory) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
-    return reinterpret_cast<T*>((address + kLineBytes - 1) / kLineBytes * kLineBytes);
-}
-
-// run(std::integral_constant<int, count>) for a tile's number of tokens.
-template <int N = kTileTokens, class Run>
-INLINE void for_count(int64_t count, Run run) {
-    if constexpr (N > 1)
-        if (count < N) return for_count<N - 1>(count, run);
-    run(std::integral_constant<int, N>{});
+    return reinterpret_cast<void*>((address + kLineBytes - 1) / kLineBytes * kLineBytes);
 }
 
 // One panel of 16 rows times the tiles [begin, end): [tokens, 16]. It is unpacked once for all of them.
@@ -100,18 +53,13 @@ void multiply_panel(const uint8_t* panel, const Activations<Bits>& a, int64_t be
         });
         return;
     }
-    const int64_t first_token = a.tile_begin(begin), num_tokens = a.tile_begin(end) - first_token;
-    std::fill(sums, sums + num_tokens * kPanel, 0.0f);
+    const int64_t first_token = a.tile_begin(begin);
     alignas(64) uint8_t weights[kBlockGroups<Bits> * kUnpackedBytes<Bits>];
-    alignas(64) float scales[kBlockGroups<Bits> * 2 * kPanel];
     const int64_t step = ceil_div(a.groups, ceil_div(a.groups, kBlockGroups<Bits>));
     for (int64_t first = 0; first < a.groups; first += step) {
         const int64_t count = std::min(step, a.groups - first);
-        for (int64_t g = 0; g < count; ++g) {
-            const uint8_t* block = panel + (first + g) * kBlockBytes<Bits>;
-            unpack<Bits>(block, weights + g * kUnpackedBytes<Bits>);
-            load_scales<Bits>(block, scales + g * 2 * kPanel);
-        }
+        for (int64_t g = 0; g < count; ++g)
+            unpack<Bits>(panel + (first + g) * kBlockBytes<Bits>, weights + g * kUnpackedBytes<Bits>);
         // The panel that comes next in memory is most likely this thread's next one, too. It is asked for a
         // little at a time while this one's tokens are computed.
         const int64_t bytes = count * kBlockBytes<Bits>, share = ceil_div(bytes, end - begin) / 64 * 64 + 64;
@@ -121,7 +69,7 @@ void multiply_panel(const uint8_t* panel, const Activations<Bits>& a, int64_t be
             for (int64_t at = start; at < stop; at += 64) __builtin_prefetch(next + at);
             const int64_t token = a.tile_begin(i);
             for_count(a.tile_begin(i + 1) - token, [&](auto n) {
-                tile<Bits, n()>(weights, scales, TileActivations<Bits>(a, i, first), count,
+                tile<Bits, n()>(weights, TileActivations<Bits>(a, i, first), count, first > 0,
                                 sums + (token - first_token) * kPanel);
             });
         }
@@ -142,12 +90,12 @@ void multiply_rows(const Matrix& weight, int64_t row, const Activations<Bits>& a
 // Threads take a few of the items that each block of tokens has at a time, so that one that another program slowed
 // down takes fewer.
 int64_t at_a_time(int64_t items, int64_t tokens) {
-    return std::max<int64_t>(1, items / ((tokens <= 4 ? 4 : 32) * num_threads()));
+    return std::max<int64_t>(4, items / ((tokens <= 4 ? 4 : 32) * num_threads()));
 }
 
 template <int Bits>
 Activations<Bits> activations_in(ActivationMemory& memory, int64_t columns, int64_t tokens) {
-    return {aligned<Value<Bits>>(memory.values), aligned<Numbers>(memory.numbers), ceil_div(columns, kGroup), tokens};
+    return Activations<Bits>(aligned(memory.values), aligned(memory.numbers), ceil_div(columns, kGroup), tokens);
 }
 
 // Blocks of tiles that pass over a panel's weights together: of equal size, or one less.
@@ -161,10 +109,9 @@ struct Blocks {
 template <int Bits, class MakeRow>
 Activations<Bits> quantize(Team& team, ActivationMemory& memory, MakeRow make_row, int64_t columns, int64_t tokens) {
     const Activations<Bits> a = activations_in<Bits>(memory, columns, tokens);
-    team.share(a.num_strips, 1, [&](int64_t strip) {
+    team.share(tokens, kStrip, [&](int64_t token) {
         static thread_local std::vector<float> row_memory;
-        for (int64_t token = strip * kStrip; token < std::min((strip + 1) * kStrip, tokens); ++token)
-            quantize_row(make_row(token, scratch(row_memory, columns)), columns, a, token, 0);
+        round_row(make_row(token, scratch(row_memory, columns)), columns, a, token, 0);
     });
     return a;
 }
@@ -225,7 +172,7 @@ void multiply_gate_up(Team& team, const Activations<Bits>& a, const Matrix& weig
                 silu_and_mul_row(gates + i * kPanel, ups + i * kPanel, activated + i * kGroup + column, kPanel);
         }
         for (int64_t i = 0; i < num_tokens; ++i)
-            quantize_row(activated + i * kGroup, count, inner, first_token + i, group);
+            round_row(activated + i * kGroup, count, inner, first_token + i, group);
     });
 }
 
@@ -250,9 +197,9 @@ void with_memory(int64_t tokens, int64_t columns, Work work) {
 }  // namespace
 
 void ActivationMemory::reserve(int64_t tokens, int64_t columns) {
-    const int64_t groups = ceil_div(tokens, kStrip) * ceil_div(columns, kGroup);
-    scratch(values, groups * kStrip * kGroup * int64_t(sizeof(Value<8>)) + kLineBytes);
-    scratch(numbers, groups * int64_t(sizeof(Numbers)) + kLineBytes);
+    const int64_t groups = ceil_div(columns, kGroup);
+    scratch(values, Activations<8>::value_bytes(tokens, groups) + kLineBytes);
+    scratch(numbers, Activations<8>::number_bytes(tokens, groups) + kLineBytes);
 }
 
 void linear(Team& team, ActivationMemory& memory, const float* x, const Matrix& weight, float* out, int64_t tokens) {

@@ -138,17 +138,20 @@ INLINE int32_t max_lanes(VecInt v) {
 // The sums over lanes of four vectors, in whichever order takes the fewest steps; each is what it would be beside
 // any other three.
 INLINE void sum_lanes4(const Vec* v, float* to) {
+    // Instead of vhaddps, which takes more steps: lanes 0 and 2, 1 and 3, of each 128 bits, then both.
 #if defined(__AVX512F__)
     auto pairs = [](Vec a, Vec b) {
-        return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b)));
+        __m512 low = _mm512_unpacklo_ps((__m512)a, (__m512)b), high = _mm512_unpackhi_ps((__m512)a, (__m512)b);
+        return _mm512_castps_pd(_mm512_add_ps(low, high));
     };
     __m512d first = pairs(v[0], v[1]), second = pairs(v[2], v[3]);
-    __m256 fours = sum_halves(Vec(_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)), _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)))));
+    __m512d low = _mm512_unpacklo_pd(first, second), high = _mm512_unpackhi_pd(first, second);
+    __m256 fours = sum_halves((Vec)_mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
 #elif defined(__AVX2__)
-    // Instead of vhaddps, which takes more steps: lanes 0 and 2, 1 and 3, then both.
     auto pairs = [](Vec a, Vec b) {
-        return __m256d(_mm256_add_ps(_mm256_unpacklo_ps(__m256(a), __m256(b)), _mm256_unpackhi_ps(__m256(a), __m256(b))));
+        __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b), high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+        return (__m256d)_mm256_add_ps(low, high);
     };
     __m256d first = pairs(v[0], v[1]), second = pairs(v[2], v[3]);
     __m256 fours = _mm256_add_ps((__m256)_mm256_unpacklo_pd(first, second), (__m256)_mm256_unpackhi_pd(first, second));
