@@ -417,6 +417,22 @@ def test_packed_linear(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_packed_linear_of_any_number_of_tokens(backend: Backend, rng: np.random.Generator, bits: int) -> None:
+    """However tokens are divided into tiles, each one's result is what it is alone."""
+    if not backend.is_cpp:
+        pytest.skip("only they divide tokens into tiles")
+    rows, columns = 40, 100
+    weight = PackedWeight(rows, columns, bits)
+    weight.blocks.random_(0, 60)
+    x = normal(rng, 300, columns, dtype=torch.float32, device=backend.device)
+    alone = torch.cat([backend.kernels.linear(token[None], weight) for token in x])
+    for num_tokens in [*range(1, 70), *rng.integers(70, 300, 10)]:
+        first = int(rng.integers(0, 301 - num_tokens))
+        have = backend.kernels.linear(x[first : first + num_tokens], weight)
+        assert same_bits(have, alone[first : first + num_tokens]), f"{num_tokens} tokens"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38, 1e-40])
 def test_packed_linear_of_extreme_activations(backend: Backend, bits: int, bad: float) -> None:
     """What isn't finite stays visible, in its own token alone; what is tiny or huge doesn't overflow."""
