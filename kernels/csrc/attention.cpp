@@ -32,7 +32,7 @@ constexpr int kFewRows = 8;  // for so many, widening a block beforehand isn't w
 // Whether one instruction loads a vector of T and widens it.
 template <class T>
 constexpr bool kLoadsWide = std::is_same_v<T, float>;
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 template <>
 constexpr bool kLoadsWide<Half> = true;
 #endif
@@ -94,7 +94,7 @@ struct NothingAhead {
 template <int N, class T, class Dim, class Next>
 NOINLINE void score_rows(const float* q, const T* keys, Dim dim, float* scores, Next ahead) {
     // As many sums at once as hide the latency of a multiply-add and still fit into registers.
-    constexpr int kKeys = N == 1 ? 8 : N == 4 ? 2 : 4;
+    constexpr int kKeys = N == 1 ? 8 : N == 4 && kLanes == 8 ? 2 : 4;
     for (int first = 0; first < kBlockSize; first += kKeys) {
         ahead.prefetch(first * dim, kKeys * dim);
         Vec sums[N * kKeys] = {};
@@ -103,13 +103,19 @@ NOINLINE void score_rows(const float* q, const T* keys, Dim dim, float* scores, 
             for (int n = 0; n < N; ++n) x[n] = load(q + n * dim + d);
             for (int k = 0; k < kKeys; ++k) {
                 Vec key = load(keys + (first + k) * dim + d);
+                KEEP(key);
                 for (int n = 0; n < N; ++n) sums[n * kKeys + k] = fma(x[n], key, sums[n * kKeys + k]);
             }
         }
-        float totals[N * kKeys];
-        for (int i = 0; i < N * kKeys; i += 4) sum_lanes4(sums + i, totals + i);
-        for (int n = 0; n < N; ++n)
-            for (int k = 0; k < kKeys; ++k) scores[n * kTileKeys + first + k] = totals[n * kKeys + k];
+        if constexpr (kKeys % 4 == 0) {
+            for (int n = 0; n < N; ++n)
+                for (int k = 0; k < kKeys; k += 4) sum_lanes4(sums + n * kKeys + k, scores + n * kTileKeys + first + k);
+        } else {
+            float totals[N * kKeys];
+            for (int i = 0; i < N * kKeys; i += 4) sum_lanes4(sums + i, totals + i);
+            for (int n = 0; n < N; ++n)
+                for (int k = 0; k < kKeys; ++k) scores[n * kTileKeys + first + k] = totals[n * kKeys + k];
+        }
     }
 }
 
@@ -126,6 +132,7 @@ INLINE void weigh_vectors(const float* weights, const T* values, int64_t keys, D
         for (int n = 0; n < N; ++n) weight[n] = broadcast(weights[n * kTileKeys + key]);
         for (int w = 0; w < W; ++w) {
             Vec value = load(values + key * dim + d + w * kLanes);
+            KEEP(value);
             for (int n = 0; n < N; ++n) into[n][w] = fma(weight[n], value, into[n][w]);
         }
     }
@@ -137,7 +144,8 @@ INLINE void weigh_vectors(const float* weights, const T* values, int64_t keys, D
 template <int N, class T, class Dim, class Next>
 NOINLINE void weigh_rows(const float* weights, const T* values, int64_t keys, Dim dim, float* sums,
                          Next ahead) {
-    constexpr int kWide = N == 1 ? 8 : N == 2 ? 4 : N == 3 ? 3 : 2;  // as many sums as leave registers for weights
+    // As many sums as leave registers for weights.
+    constexpr int kWide = kLanes == 16 ? (N == 1 ? 8 : 4) : N == 1 ? 8 : N == 2 ? 4 : N == 3 ? 3 : 2;
     int64_t d = 0;
     for (; (dim - d) % (kWide * kLanes) != 0; d += 2 * kLanes)
         weigh_vectors<N, 2>(weights, values, keys, dim, d, sums, ahead);

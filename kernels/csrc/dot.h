@@ -197,8 +197,6 @@ INLINE void for_count(int64_t count, Run run) {
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
-#define KEEP(x) asm("" : "+v"(x))
-
 // Asks the memory for what follows a packed group by far enough to be there in time: other panels, if need be.
 template <int Bits>
 INLINE void prefetch_ahead(const uint8_t* block) {

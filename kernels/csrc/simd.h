@@ -13,6 +13,12 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
+// A vector that is in a register from here on: of several uses, GCC would otherwise load it again for each.
+#if defined(__AVX2__)
+#define KEEP(x) asm("" : "+v"(x))
+#else
+#define KEEP(x)
+#endif
 
 namespace minivllm::ISA {
 
