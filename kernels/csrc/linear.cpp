@@ -88,7 +88,7 @@ void multiply_rows(const Matrix& weight, int64_t row, const Activations<Bits>& a
 }
 
 // Threads take a few of the items that each block of tokens has at a time, so that one that another program slowed
-// down takes fewer.
+// down takes fewer; and not single ones, whose results lie too close to another thread's.
 int64_t at_a_time(int64_t items, int64_t tokens) {
     return std::max<int64_t>(4, items / ((tokens <= 4 ? 4 : 32) * num_threads()));
 }
