@@ -29,7 +29,7 @@ constexpr int kSerialWork = 8;  // rows times ranges that aren't worth waking an
 constexpr int kMostTilesAtATime = 8;  // that a thread takes, and whose first blocks it asks for beforehand
 constexpr int kFewRows = 8;  // for so many, widening a block beforehand isn't worth it
 
-// Whether one instruction loads a vector of T and widens it.
+// Whether widening each vector of T as it is loaded is no slower than widening a block for all rows.
 template <class T>
 constexpr bool kLoadsWide = std::is_same_v<T, float>;
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -342,11 +342,12 @@ class Kernel {
         const bool widens = a_.head_dim != padded_ || (!kLoadsWide<T> && tile.rows > kFewRows);
         float* widened = widens ? scores + kTileRows * kTileKeys : nullptr;
         const int64_t group = a_.group();
-        const Keys keys(a_, tile), next_keys(a_, next_tile != nullptr ? *next_tile : tile);
+        const Keys keys(a_, tile);
         const int64_t range_end = std::min<int64_t>(keys.end, int64_t(range + 1) * kRangeKeys);
         // The key block `first` keys behind a position; where there is none, that of the next tile, from its start on.
         auto key_block_after = [&](int64_t position, int64_t first) -> const T* {
             if (position + first < keys.end || next_tile == nullptr) return keys.block(k_cache_, position + first);
+            const Keys next_keys(a_, *next_tile);
             const int64_t start = next_keys.start(next_tile->first_range);
             return next_keys.block(k_cache_, start + next_keys.first_block(start) + first);
         };

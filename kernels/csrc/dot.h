@@ -53,18 +53,6 @@ struct Numbers {
     int32_t offsets[kStrip];    // -128 * sum of the values
 };
 
-INLINE int32_t load_quad(const int8_t* from) {
-    int32_t quad;
-    std::memcpy(&quad, from, sizeof quad);
-    return quad;
-}
-
-INLINE int32_t load_pair(const int16_t* from) {
-    int32_t pair;
-    std::memcpy(&pair, from, sizeof pair);
-    return pair;
-}
-
 // A group's activations, in the order in which dot products want them.
 template <class T>
 INLINE void store_group(const VecInt* values, T* to) {
@@ -197,6 +185,7 @@ INLINE void for_count(int64_t count, Run run) {
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+
 // Asks the memory for what follows a packed group by far enough to be there in time: other panels, if need be.
 template <int Bits>
 INLINE void prefetch_ahead(const uint8_t* block) {

@@ -63,6 +63,18 @@ INLINE void unpack(const uint8_t* block, uint8_t* to) {
     unpack_scales<Bits>(block, to + kUnpackedBytes<Bits> - kScaleBytes);
 }
 
+INLINE int32_t load_quad(const int8_t* from) {
+    int32_t quad;
+    std::memcpy(&quad, from, sizeof quad);
+    return quad;
+}
+
+INLINE int32_t load_pair(const int16_t* from) {
+    int32_t pair;
+    std::memcpy(&pair, from, sizeof pair);
+    return pair;
+}
+
 // The products of one vector of weights and the activations that it meets: pairs in int16 beside 4 bits,
 // int32 beside 8.
 INLINE __m256i product(__m256i w, const int8_t* x) { return _mm256_maddubs_epi16(w, _mm256_set1_epi32(load_quad(x))); }

@@ -2,8 +2,6 @@
 // comes just before such a product, fused with the quantisation.
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -21,6 +19,8 @@ template <int Bits>
 constexpr int64_t kBlockGroups = 24 * 1024 / kUnpackedBytes<Bits>;
 // Tiles that pass over them, and the most tokens that these have: their activations stay in L2.
 constexpr int64_t kBlockTiles = 128 / kTileTokens, kBlockTokens = kBlockTiles * kTileTokens;
+
+constexpr int64_t kFewTokens = 4;  // a product of so many is a matter of reading its weights
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -90,7 +90,7 @@ void multiply_rows(const Matrix& weight, int64_t row, const Activations<Bits>& a
 // Threads take a few of the items that each block of tokens has at a time, so that one that another program slowed
 // down takes fewer; and not single ones, whose results lie too close to another thread's.
 int64_t at_a_time(int64_t items, int64_t tokens) {
-    return std::max<int64_t>(4, items / ((tokens <= 4 ? 4 : 32) * num_threads()));
+    return std::max<int64_t>(4, items / ((tokens <= kFewTokens ? 4 : 32) * num_threads()));
 }
 
 template <int Bits>
@@ -243,7 +243,7 @@ void rms_norm_linear(const float* x, float* residual, const float* norm_weight, 
 void embedding(const int64_t* ids, const uint8_t* blocks, int64_t bits, int64_t columns, float* out,
                int64_t tokens) {
     const int64_t groups = ceil_div(columns, kGroup), block_bytes = bits == 4 ? kBlockBytes<4> : kBlockBytes<8>;
-#pragma omp parallel for schedule(static) if (tokens > 4)
+#pragma omp parallel for schedule(static) if (tokens > kFewTokens)
     for (int64_t token = 0; token < tokens; ++token) {
         const int64_t lane = ids[token] % kPanel;
         const uint8_t* panel = blocks + ids[token] / kPanel * groups * block_bytes;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -58,87 +59,41 @@ INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Sums and maxima over lanes, always in the same order: halves, until one lane is left.
+// All lanes in one, by an operation on two vectors or numbers, always in the same order: halves, until one is left.
+template <class V, class Operation>
+INLINE auto fold_lanes(V v, Operation operation) {
+    using T = std::decay_t<decltype(v[0])>;
+#if defined(__AVX2__)
+    typedef T Eight __attribute__((vector_size(8 * sizeof(T))));
+    typedef T Four __attribute__((vector_size(4 * sizeof(T))));
 #if defined(__AVX512F__)
-INLINE __m256 low_half(Vec v) { return _mm512_castps512_ps256((__m512)v); }
-
-INLINE __m256 high_half(Vec v) { return _mm512_extractf32x8_ps((__m512)v, 1); }
-
-INLINE __m256i low_half(VecInt v) { return _mm512_castsi512_si256((__m512i)v); }
-
-INLINE __m256i high_half(VecInt v) { return _mm512_extracti32x8_epi32((__m512i)v, 1); }
-
-INLINE __m256 sum_halves(Vec v) { return _mm256_add_ps(low_half(v), high_half(v)); }
-
-INLINE __m256 max_halves(Vec v) { return _mm256_max_ps(low_half(v), high_half(v)); }
-
-INLINE __m256i sum_halves(VecInt v) { return _mm256_add_epi32(low_half(v), high_half(v)); }
-
-INLINE __m256i max_halves(VecInt v) { return _mm256_max_epi32(low_half(v), high_half(v)); }
-#elif defined(__AVX2__)
-INLINE __m256 sum_halves(Vec v) { return (__m256)v; }  // it has no more than one of them
-
-INLINE __m256 max_halves(Vec v) { return (__m256)v; }
-
-INLINE __m256i sum_halves(VecInt v) { return (__m256i)v; }
-
-INLINE __m256i max_halves(VecInt v) { return (__m256i)v; }
-#endif
-
-INLINE float sum_lanes(Vec v) {
-#if defined(__AVX2__)
-    __m256 eight = sum_halves(v);
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    __m512 all = (__m512)v;
+    Eight eight = operation((Eight)_mm512_castps512_ps256(all), (Eight)_mm512_extractf32x8_ps(all, 1));
 #else
-    float lanes[kLanes];
-    store(lanes, v);
+    Eight eight = v;
+#endif
+    __m256 halves = (__m256)eight;
+    Four four = operation((Four)_mm256_castps256_ps128(halves), (Four)_mm256_extractf128_ps(halves, 1));
+    Four two = operation(four, (Four)_mm_movehl_ps((__m128)four, (__m128)four));
+    Four one = operation(two, (Four)_mm_movehdup_ps((__m128)two));
+    return T(one[0]);
+#else
+    T lanes[kLanes];
+    std::memcpy(lanes, &v, sizeof lanes);
     for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+        for (int i = 0; i < width; ++i) lanes[i] = operation(lanes[i], lanes[i + width]);
     return lanes[0];
 #endif
 }
 
-INLINE float max_lanes(Vec v) {
-#if defined(__AVX2__)
-    __m256 eight = max_halves(v);
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-#else
-    float lanes[kLanes];
-    store(lanes, v);
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-    return lanes[0];
-#endif
+template <class V>
+INLINE auto sum_lanes(V v) {
+    return fold_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
-INLINE int32_t sum_lanes(VecInt v) {
-#if defined(__AVX2__)
-    __m256i eight = sum_halves(v);
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-    __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
-#else
-    int32_t sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += v[i];
-    return sum;
-#endif
-}
-
-INLINE int32_t max_lanes(VecInt v) {
-#if defined(__AVX2__)
-    __m256i eight = max_halves(v);
-    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-    __m128i two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
-    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 1)));
-#else
-    int32_t largest = v[0];
-    for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
-    return largest;
-#endif
+template <class V>
+INLINE auto max_lanes(V v) {
+    return fold_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // The sums over lanes of four vectors, in whichever order takes the fewest steps; each is what it would be beside
@@ -152,7 +107,8 @@ INLINE void sum_lanes4(const Vec* v, float* to) {
     };
     __m512d first = pairs(v[0], v[1]), second = pairs(v[2], v[3]);
     __m512d low = _mm512_unpacklo_pd(first, second), high = _mm512_unpackhi_pd(first, second);
-    __m256 fours = sum_halves((Vec)_mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)));
+    __m512 both = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    __m256 fours = _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
 #elif defined(__AVX2__)
     auto pairs = [](Vec a, Vec b) {
