@@ -269,7 +269,7 @@ def small_cases(backend: KernelBackend) -> Iterator[Case]:
     def rope_and_write_kv(dtype: torch.dtype, tokens: int) -> Call:
         k, v = kv_pool(dtype)
         heads, angles = torch.randn(tokens, ALL_HEADS, HEAD_DIM), torch.rand(tokens, HEAD_DIM // 2)
-        cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+        cos, sin = angles.cos(), angles.sin()
         slots = itertools.cycle(draws(len(k) * BLOCK_SIZE, tokens))
         return lambda: backend.rope_and_write_kv(heads, cos, sin, k, v, next(slots))
 

@@ -83,7 +83,7 @@ class ScoringRunner:
         device = self.runner.model.placement.device
         flat = FlatBatch.build(batch, device)
         every_token = torch.arange(batch.num_tokens, device=device)
-        self.logits_TV = self.runner.model(replace(flat, logits_index_L=every_token), self.runner.caches)
+        self.logits_TV = self.runner.model(replace(flat, logits_index_L=every_token), self.runner.pool)
         tokens = [SampledToken(0) if item.is_sampled else None for item in batch.requests]
         return lambda: tokens
 
@@ -125,7 +125,7 @@ class Candidate:
         return Result(
             quantization=self.config.quantization,
             weight_bytes=self.weight_bytes,
-            kv_cache=str(self.runner.runner.caches[0].k_PKSD.dtype).removeprefix("torch."),
+            kv_cache=str(self.runner.runner.pool.layers[0].k_PKSD.dtype).removeprefix("torch."),
             perplexity=math.exp(self.sum_nll / self.num_tokens),
             difference_percent=100 * math.expm1((self.sum_nll - reference.sum_nll) / self.num_tokens),
             mean_kl=self.sum_kl / self.num_tokens,

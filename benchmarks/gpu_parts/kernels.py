@@ -187,13 +187,13 @@ def small_kernels(bench: Bench) -> Iterator[tuple[str, Row]]:
 
     def rope_and_write_kv(tokens: int) -> Call:
         heads = bench.random(tokens, num_heads + 2 * num_kv_heads, head_dim)
-        angles = torch.rand(tokens, head_dim // 2, device=bench.device).repeat(1, 2)
+        angles = torch.rand(tokens, head_dim // 2, device=bench.device)
         blocks = -(-tokens // BLOCK_SIZE) + 1
         k, v = bench.random(2, blocks, num_kv_heads, BLOCK_SIZE, head_dim)
         slots = torch.randperm(blocks * BLOCK_SIZE, device=bench.device)[:tokens]
         return partial(bench.backend.rope_and_write_kv, heads, angles.cos(), angles.sin(), k, v, slots)
 
-    rope_bytes = (2 * num_heads + 4 * num_kv_heads) * head_dim * size + 2 * head_dim * 4
+    rope_bytes = (2 * num_heads + 4 * num_kv_heads) * head_dim * size + head_dim * 4
     for name, make, token_bytes in (
         ("rms_norm", rms_norm, 4 * hidden * size),
         ("rope_and_write_kv", rope_and_write_kv, rope_bytes),

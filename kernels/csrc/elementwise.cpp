@@ -1,4 +1,4 @@
-// RMSNorm, SwiGLU's product, and rotary embedding with the write to the cache.
+// RMSNorm, SwiGLU's product, rotary angles, and rotary embedding with the write to the cache.
 
 #include "elementwise.h"
 
@@ -39,7 +39,7 @@ template <class T>
 void rope_and_write(Team& team, float* heads, const float* cos, const float* sin, T* k_cache, T* v_cache,
                     const int64_t* slots, int64_t tokens, int64_t num_heads, int64_t kv_heads, int64_t head_dim) {
     team.share(tokens, kParallelTokens / 2, [&](int64_t t) {
-        const float *c = cos + t * head_dim, *s = sin + t * head_dim;
+        const float *c = cos + t * (head_dim / 2), *s = sin + t * (head_dim / 2);
         float* row = heads + t * num_heads * head_dim;
         for (int64_t h = 0; h < num_heads - 2 * kv_heads; ++h, row += head_dim) rotate_row(row, c, s, row, head_dim);
         const int64_t block = slots[t] / kBlockSize, offset = slots[t] % kBlockSize;
@@ -73,6 +73,17 @@ void silu_and_mul(const float* gate_up, float* out, int64_t tokens, int64_t size
     }
 }
 
+void rotary(Team& team, const float* frequencies, const int64_t* positions, float* cos, float* sin, int64_t tokens,
+            int64_t pairs) {
+    team.share(tokens, kParallelTokens / 2, [&](int64_t t) {
+        for (int64_t i = 0; i < pairs; ++i) {
+            const float angle = float(positions[t]) * frequencies[i];
+            cos[t * pairs + i] = std::cos(angle);
+            sin[t * pairs + i] = std::sin(angle);
+        }
+    });
+}
+
 void rope_and_write_kv(Team& team, float* heads, const float* cos, const float* sin, void* k_cache, void* v_cache,
                        int64_t kv_type, const int64_t* slots, int64_t tokens, int64_t num_heads, int64_t kv_heads,
                        int64_t head_dim) {
@@ -82,6 +93,12 @@ void rope_and_write_kv(Team& team, float* heads, const float* cos, const float* 
     if (kv_type == 0) run((float*)k_cache, (float*)v_cache);
     if (kv_type == 1) run((Half*)k_cache, (Half*)v_cache);
     if (kv_type == 2) run((BFloat*)k_cache, (BFloat*)v_cache);
+}
+
+void rotary(const float* frequencies, const int64_t* positions, float* cos, float* sin, int64_t tokens,
+            int64_t pairs) {
+    run_team(tokens >= kParallelTokens,
+             [&](Team& team) { rotary(team, frequencies, positions, cos, sin, tokens, pairs); });
 }
 
 void rope_and_write_kv(float* heads, const float* cos, const float* sin, void* k_cache, void* v_cache,

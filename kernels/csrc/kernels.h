@@ -21,6 +21,8 @@ void embedding(const int64_t* ids, const uint8_t* blocks, int64_t bits, int64_t 
 void rms_norm(const float* x, const float* residual, const float* weight, float eps, float* normed, float* sum,
               int64_t tokens, int64_t size);
 void silu_and_mul(const float* gate_up, float* out, int64_t tokens, int64_t size);
+void rotary(const float* frequencies, const int64_t* positions, float* cos, float* sin, int64_t tokens,
+            int64_t pairs);
 void rope_and_write_kv(float* heads, const float* cos, const float* sin, void* k_cache, void* v_cache,
                        int64_t kv_type, const int64_t* slots, int64_t tokens, int64_t num_heads,
                        int64_t kv_heads, int64_t head_dim);
@@ -32,11 +34,11 @@ void paged_attention(const float* q, int64_t q_stride, const void* k_cache, cons
                      int64_t head_dim, float scale, int64_t window, float softcap, float* out,
                      int64_t out_stride);
 
-// layers.cpp: all decoder layers of a step; `table` has num_layers of its `Layer`. x [tokens, size] is the
-// first one's input, and the residual afterwards; out is the last one's output.
-void decoder_layers(const void* table, int64_t num_layers, float* x, float* out, int64_t tokens, int64_t size,
+// layers.cpp: all decoder layers of a step; `weights` has num_layers of its `Layer`, `pool` two addresses for each,
+// of keys and of values. x [tokens, size] is the first one's input, and what the last one leaves.
+void decoder_layers(const void* weights, void* const* pool, int64_t num_layers, float* x, int64_t tokens, int64_t size,
                     int64_t inner_size, int64_t heads, int64_t kv_heads, int64_t head_dim, float eps,
-                    const float* cos, const float* sin, int64_t kv_type, const int64_t* slots,
+                    const float* frequencies, const int64_t* positions, int64_t kv_type, const int64_t* slots,
                     const int32_t* tables, int64_t table_stride, const int32_t* seq_lens,
                     const int32_t* query_start, int64_t num_seqs, float scale, int64_t window);
 

@@ -85,9 +85,10 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
     {#isa "_" #name, (PyCFunction)(void (*)(void))Binding<&minivllm::isa::name>::call, METH_FASTCALL, nullptr}
 #define FUNCTIONS(isa)                                                                               \
     FUNCTION(isa, linear), FUNCTION(isa, rms_norm_linear), FUNCTION(isa, embedding),                 \
-        FUNCTION(isa, rms_norm), FUNCTION(isa, silu_and_mul), FUNCTION(isa, rope_and_write_kv),      \
-        FUNCTION(isa, paged_attention), FUNCTION(isa, decoder_layers),                               \
-        FUNCTION(isa, draw), FUNCTION(isa, keep_likely), FUNCTION(isa, peak_int8)
+        FUNCTION(isa, rms_norm), FUNCTION(isa, silu_and_mul), FUNCTION(isa, rotary),                 \
+        FUNCTION(isa, rope_and_write_kv), FUNCTION(isa, paged_attention),                            \
+        FUNCTION(isa, decoder_layers), FUNCTION(isa, draw), FUNCTION(isa, keep_likely),              \
+        FUNCTION(isa, peak_int8)
 
 PyMethodDef methods[] = {
 #if defined(MINIVLLM_X86)

@@ -40,6 +40,8 @@ void mlp(Team& team, ActivationMemory& memory, ActivationMemory& inner_memory, c
          const Matrix& gate_up, const Matrix& down, float* out, int64_t tokens);
 
 // elementwise.cpp
+void rotary(Team& team, const float* frequencies, const int64_t* positions, float* cos, float* sin, int64_t tokens,
+            int64_t pairs);
 void rope_and_write_kv(Team& team, float* heads, const float* cos, const float* sin, void* k_cache, void* v_cache,
                        int64_t kv_type, const int64_t* slots, int64_t tokens, int64_t num_heads, int64_t kv_heads,
                        int64_t head_dim);

@@ -10,15 +10,13 @@ fixed order, so that its result is the same to the bit alone or in any batch.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
 from typing import Any
 
 import torch  # before the extension, whose OpenMP calls then end up in torch's runtime
 import torch.nn.functional as F
 
 from minivllm_kernels.interface import BLOCK_SIZE, KernelBackend, check_paged_attention
-from minivllm_kernels.layers import LayerCache, LayerWeights, Weight, address
+from minivllm_kernels.layers import DecoderWeights, KVPool, Weight, address
 from minivllm_kernels.packed import PANEL, PackedWeight
 
 try:
@@ -52,6 +50,7 @@ class CppBackend(KernelBackend):
         self._embedding = function("embedding")
         self._rms_norm = function("rms_norm")
         self._silu_and_mul = function("silu_and_mul")
+        self._rotary = function("rotary")
         self._rope_and_write_kv = function("rope_and_write_kv")
         self._paged_attention = function("paged_attention")
         self._decoder_layers = function("decoder_layers")
@@ -132,11 +131,27 @@ class CppBackend(KernelBackend):
         self._silu_and_mul(gate_up_TI2.data_ptr(), out.data_ptr(), *out.shape)
         return out
 
+    def rotary(
+        self, frequencies_F: torch.Tensor, positions_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_tokens, num_pairs = len(positions_T), len(frequencies_F)
+        cos_TF, sin_TF = torch.empty(2, num_tokens, num_pairs)
+        positions_T = positions_T.contiguous()
+        self._rotary(
+            address(frequencies_F, num_pairs),
+            positions_T.data_ptr(),
+            cos_TF.data_ptr(),
+            sin_TF.data_ptr(),
+            num_tokens,
+            num_pairs,
+        )
+        return cos_TF, sin_TF
+
     def rope_and_write_kv(
         self,
         heads_TAD: torch.Tensor,
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
+        cos_TF: torch.Tensor,
+        sin_TF: torch.Tensor,
         k_cache_PKSD: torch.Tensor,
         v_cache_PKSD: torch.Tensor,
         slots_T: torch.Tensor,
@@ -147,13 +162,18 @@ class CppBackend(KernelBackend):
                 f"heads_TAD must be contiguous float32 with D at most {_MAX_HEAD_DIM}, "
                 f"got {heads_TAD.dtype} {tuple(heads_TAD.shape)}"
             )
+        for name, angles in (("cos_TF", cos_TF), ("sin_TF", sin_TF)):
+            if angles.shape != (num_tokens, head_dim // 2) or not angles.is_contiguous():
+                raise ValueError(
+                    f"{name} must be contiguous [{num_tokens}, {head_dim // 2}], got {tuple(angles.shape)}"
+                )
         self._rope_and_write_kv(
             heads_TAD.data_ptr(),
-            cos_TD.data_ptr(),
-            sin_TD.data_ptr(),
+            cos_TF.data_ptr(),
+            sin_TF.data_ptr(),
             k_cache_PKSD.data_ptr(),
             v_cache_PKSD.data_ptr(),
-            _kv_type(k_cache_PKSD),
+            _kv_type(k_cache_PKSD.dtype),
             slots_T.data_ptr(),
             num_tokens,
             num_heads,
@@ -194,7 +214,7 @@ class CppBackend(KernelBackend):
             q_stride,
             k_cache_PKSD.data_ptr(),
             v_cache_PKSD.data_ptr(),
-            _kv_type(k_cache_PKSD),
+            _kv_type(k_cache_PKSD.dtype),
             block_tables_BM.data_ptr(),
             block_tables_BM.stride(0),
             seq_lens_B.data_ptr(),
@@ -213,10 +233,10 @@ class CppBackend(KernelBackend):
     def decoder_layers(
         self,
         x_TN: torch.Tensor,
-        layers: Sequence[LayerWeights],
-        caches: Sequence[LayerCache],
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
+        weights: DecoderWeights,
+        pool: KVPool,
+        frequencies_F: torch.Tensor,
+        positions_T: torch.Tensor,
         slots_T: torch.Tensor,
         block_tables_BM: torch.Tensor,
         seq_lens_B: torch.Tensor,
@@ -225,47 +245,39 @@ class CppBackend(KernelBackend):
         eps: float,
         scale: float,
         sliding_window: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor:
         # Gates and ups are computed side by side, in panels of their own.
-        if not layers or not all(layer.is_packed for layer in layers) or layers[0].down.shape[1] % PANEL:
+        if not weights.layers or not weights.is_packed or weights.layers[0].down.shape[1] % PANEL:
             return super().decoder_layers(
-                x_TN, layers, caches, cos_TD, sin_TD, slots_T, block_tables_BM, seq_lens_B, query_start_B1,
-                eps=eps, scale=scale, sliding_window=sliding_window,
+                x_TN, weights, pool, frequencies_F, positions_T, slots_T, block_tables_BM, seq_lens_B,
+                query_start_B1, eps=eps, scale=scale, sliding_window=sliding_window,
             )  # fmt: skip
-        kind, sizes = caches[0].kind, layers[0].sizes
-        (_, num_kv_heads, block_size, head_dim), (hidden_size, qkv_rows, q_rows, inner_size) = kind[0], sizes
+        (cache_shape, kv_dtype), (hidden_size, qkv_rows, q_rows, inner_size) = pool.kind, weights.sizes
+        _, num_kv_heads, block_size, head_dim = cache_shape
         x_TN = _rows("x_TN", x_TN, hidden_size)
         num_tokens, num_seqs = x_TN.shape[0], seq_lens_B.shape[0]
         if not (
-            qkv_rows == q_rows + 2 * num_kv_heads * head_dim
+            len(weights.layers) == len(pool.layers)
+            and qkv_rows == q_rows + 2 * num_kv_heads * head_dim
             and q_rows % (num_kv_heads * head_dim) == 0
             and block_size == BLOCK_SIZE
             and head_dim <= _MAX_HEAD_DIM
-            and cos_TD.shape == sin_TD.shape == (num_tokens, head_dim)
-            and slots_T.shape == (num_tokens,)
+            and frequencies_F.shape == (head_dim // 2,)
+            and positions_T.shape == slots_T.shape == (num_tokens,)
             and block_tables_BM.shape[:-1] == (num_seqs,)
             and query_start_B1.shape == (num_seqs + 1,)
             and block_tables_BM.dtype == seq_lens_B.dtype == query_start_B1.dtype == torch.int32
         ):
             raise ValueError(
-                f"decoder_layers: {num_tokens} tokens of {num_seqs} sequences, qkv of {qkv_rows} rows, "
-                f"o of {q_rows} columns, caches {tuple(kind[0])}, or int32 tables, don't fit together"
+                f"decoder_layers: {num_tokens} tokens of {num_seqs} sequences, {len(weights.layers)} layers "
+                f"with qkv of {qkv_rows} rows and o of {q_rows} columns, {len(pool.layers)} caches "
+                f"{tuple(cache_shape)}, or int32 tables, don't fit together"
             )
-        rows: list[bytes] = []
-        for layer, cache in zip(layers, caches, strict=True):
-            if layer.sizes != sizes or cache.kind != kind:
-                raise ValueError(
-                    f"decoder_layers: all layers must be as the first, {sizes} and {kind}, "
-                    f"got {layer.sizes} and {cache.kind}"
-                )
-            rows += layer.arguments, cache.arguments
-        table = array("q", b"".join(rows))
-        out_TN = torch.empty_like(x_TN)
         self._decoder_layers(
-            table.buffer_info()[0],
-            len(layers),
+            weights.table.buffer_info()[0],
+            pool.table.buffer_info()[0],
+            len(weights.layers),
             x_TN.data_ptr(),
-            out_TN.data_ptr(),
             num_tokens,
             hidden_size,
             inner_size,
@@ -273,9 +285,9 @@ class CppBackend(KernelBackend):
             num_kv_heads,
             head_dim,
             eps,
-            cos_TD.data_ptr(),
-            sin_TD.data_ptr(),
-            _kv_type(caches[0].k_PKSD),
+            frequencies_F.data_ptr(),
+            positions_T.data_ptr(),
+            _kv_type(kv_dtype),
             slots_T.data_ptr(),
             block_tables_BM.data_ptr(),
             block_tables_BM.stride(0),
@@ -285,7 +297,7 @@ class CppBackend(KernelBackend):
             scale,
             _NO_WINDOW if sliding_window is None else min(sliding_window, _NO_WINDOW),
         )
-        return out_TN, x_TN
+        return x_TN
 
     def keep_likely(
         self,
@@ -362,13 +374,12 @@ def _scores(scores_LV: torch.Tensor) -> torch.Tensor:
     return scores_LV if scores_LV.stride(1) == 1 else scores_LV.contiguous()
 
 
-def _kv_type(k_cache_PKSD: torch.Tensor) -> int:
-    if k_cache_PKSD.dtype not in _KV_TYPES:
+def _kv_type(dtype: torch.dtype) -> int:
+    if dtype not in _KV_TYPES:
         raise ValueError(
-            f"k_cache_PKSD must be one of {', '.join(map(str, _KV_TYPES))} for the C++ kernels, "
-            f"got {k_cache_PKSD.dtype}"
+            f"a KV cache must be of {', '.join(map(str, _KV_TYPES))} for the C++ kernels, got {dtype}"
         )
-    return _KV_TYPES[k_cache_PKSD.dtype]
+    return _KV_TYPES[dtype]
 
 
 def _residual(x_TN: torch.Tensor, residual_TN: torch.Tensor | None) -> int:

@@ -5,6 +5,7 @@ Shape legend, used as suffixes of tensor names:
     H   query heads
     K   key/value heads (H is a multiple of K: grouped-query attention);  A = H + 2K
     D   head dimension
+    F   its rotated pairs: D / 2
     P   blocks in the pool
     S   slots in a block (BLOCK_SIZE)
     B   sequences of this step;  B1 = B + 1
@@ -23,13 +24,12 @@ from __future__ import annotations
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 
-from minivllm_kernels.layers import LayerCache, LayerWeights, Weight
+from minivllm_kernels.layers import DecoderWeights, KVPool, Weight
 
 BLOCK_SIZE = 16
 
@@ -68,10 +68,10 @@ class KernelBackend(Protocol):
     def decoder_layers(
         self,
         x_TN: torch.Tensor,
-        layers: Sequence[LayerWeights],
-        caches: Sequence[LayerCache],
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
+        weights: DecoderWeights,
+        pool: KVPool,
+        frequencies_F: torch.Tensor,
+        positions_T: torch.Tensor,
         slots_T: torch.Tensor,
         block_tables_BM: torch.Tensor,
         seq_lens_B: torch.Tensor,
@@ -80,24 +80,25 @@ class KernelBackend(Protocol):
         eps: float,
         scale: float,
         sliding_window: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor:
         """All layers of a Llama, one after the other: attention, then a gated MLP, each of a norm.
 
         For what the arguments are, see the parts that are called here.
 
         Returns:
-            (the last layer's output [T, N], what is to be added to it [T, N]): None if there is no layer.
-            ``x`` may be overwritten; ``caches`` are mutated at ``slots``.
+            The last layer's output and the residual, added up: [T, N]. ``x`` may be overwritten; ``pool`` is
+            mutated at ``slots``.
         """
+        cos_TF, sin_TF = self.rotary(frequencies_F, positions_T)
         residual_TN: torch.Tensor | None = None
-        for layer, cache in zip(layers, caches, strict=True):
+        for layer, cache in zip(weights.layers, pool.layers, strict=True):
             heads, residual_TN = self.rms_norm_linear(
                 x_TN, residual_TN, layer.attention_norm_N, eps, layer.qkv, layer.qkv_bias
             )
             num_tokens, num_kv_heads, head_dim = x_TN.shape[0], cache.k_PKSD.shape[1], cache.k_PKSD.shape[3]
             heads_TAD = heads.view(num_tokens, -1, head_dim)
             q_THD = heads_TAD[:, : heads_TAD.shape[1] - 2 * num_kv_heads]
-            self.rope_and_write_kv(heads_TAD, cos_TD, sin_TD, cache.k_PKSD, cache.v_PKSD, slots_T)
+            self.rope_and_write_kv(heads_TAD, cos_TF, sin_TF, cache.k_PKSD, cache.v_PKSD, slots_T)
             out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
             self.paged_attention(
                 q_THD,
@@ -116,7 +117,7 @@ class KernelBackend(Protocol):
                 x_TN, residual_TN, layer.mlp_norm_N, eps, layer.gate_up, layer.gate_up_bias
             )
             x_TN = self.linear(self.silu_and_mul(gate_up_TI2), layer.down, layer.down_bias)
-        return x_TN, residual_TN
+        return x_TN if residual_TN is None else x_TN + residual_TN
 
     @abstractmethod
     def embedding(self, ids_T: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -133,24 +134,36 @@ class KernelBackend(Protocol):
             second is ``x`` itself.
         """
 
+    def rotary(
+        self, frequencies_F: torch.Tensor, positions_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """By what angles a step's tokens are turned, the same in every layer: (cos, sin), float32 [T, F].
+
+        Args:
+            frequencies_F: float32: each pair's angle for one position.
+            positions_T: int64.
+        """
+        angles_TF = positions_T.float()[:, None] * frequencies_F
+        return angles_TF.cos(), angles_TF.sin()
+
     @abstractmethod
     def rope_and_write_kv(
         self,
         heads_TAD: torch.Tensor,
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
+        cos_TF: torch.Tensor,
+        sin_TF: torch.Tensor,
         k_cache_PKSD: torch.Tensor,
         v_cache_PKSD: torch.Tensor,
         slots_T: torch.Tensor,
     ) -> None:
         """Rotate queries and keys by their positions; write keys and values to the cache.
 
-        Rotary position embedding (Su et al. 2021), rotating halves: pairs (i, i + D/2).
+        Rotary position embedding (Su et al. 2021), rotating halves: pairs (i, i + F).
 
         Args:
             heads_TAD: A = H + 2K: queries, keys, values, as one product gives them. Mutated: the
                 queries are rotated in place. The cache gets rotated keys, and values, in its own dtype.
-            cos_TD, sin_TD: float32, both halves equal.
+            cos_TF, sin_TF: of :meth:`rotary`.
             k_cache_PKSD, v_cache_PKSD: mutated at ``slots`` and nowhere else. With float8_e4m3fn, what is
                 beyond its ±448 becomes ±448; not every backend has this dtype.
             slots_T: int64: block × S + offset in the block; no slot occurs twice.

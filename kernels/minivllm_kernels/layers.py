@@ -1,10 +1,12 @@
-"""What a decoder layer consists of. Shapes as in ``interface.py``."""
+"""What decoder layers consist of. Shapes as in ``interface.py``."""
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import torch
 
@@ -52,8 +54,8 @@ class LayerWeights:
         return hidden_size, qkv_rows, self.o.shape[1], inner_size
 
     @cached_property
-    def arguments(self) -> bytes:
-        """What the C++ kernels take for it, if it is packed: ``Layer`` of layers.cpp, without the caches."""
+    def arguments(self) -> list[int]:
+        """What the C++ kernels take for it, if it is packed: ``Layer`` of layers.cpp."""
         hidden_size = self.sizes[0]
         row = [
             address(self.attention_norm_N, hidden_size),
@@ -67,7 +69,7 @@ class LayerWeights:
         ):
             assert isinstance(weight, PackedWeight)
             row += *weight.arguments, address(bias, weight.rows)
-        return array("q", row).tobytes()
+        return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +90,54 @@ class LayerCache:
             )
         return k_PKSD.shape, k_PKSD.dtype
 
+
+@dataclass(frozen=True, eq=False)
+class DecoderWeights:
+    """All layers' weights, in order."""
+
+    layers: Sequence[LayerWeights]
+
     @cached_property
-    def arguments(self) -> bytes:
-        """Both addresses: the rest of ``Layer``."""
-        return array("q", [self.k_PKSD.data_ptr(), self.v_PKSD.data_ptr()]).tobytes()
+    def is_packed(self) -> bool:
+        """Whether all matrices of all layers have 4 or 8 bits."""
+        return all(layer.is_packed for layer in self.layers)
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Every layer's. Raises ValueError where one differs."""
+        first = self.layers[0].sizes
+        for layer in self.layers:
+            if layer.sizes != first:
+                raise ValueError(f"all layers must be as the first, {first}, got {layer.sizes}")
+        return first
+
+    @cached_property
+    def table(self) -> array[int]:
+        """What the C++ kernels take for packed ones: an array of ``Layer`` of layers.cpp."""
+        return array("q", chain.from_iterable(layer.arguments for layer in self.layers))
+
+
+@dataclass(frozen=True, eq=False)
+class KVPool:
+    """All layers' blocks, in order."""
+
+    layers: Sequence[LayerCache]
+
+    @cached_property
+    def kind(self) -> tuple[torch.Size, torch.dtype]:
+        """Every layer's. Raises ValueError where one differs."""
+        first = self.layers[0].kind
+        for cache in self.layers:
+            if cache.kind != first:
+                raise ValueError(f"all layers must be as the first, {first}, got {cache.kind}")
+        return first
+
+    @cached_property
+    def table(self) -> array[int]:
+        """What the C++ kernels take: each layer's two addresses."""
+        return array(
+            "q", [tensor.data_ptr() for cache in self.layers for tensor in (cache.k_PKSD, cache.v_PKSD)]
+        )
 
 
 def address(vector: torch.Tensor | None, size: int) -> int:

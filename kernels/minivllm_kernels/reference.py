@@ -42,17 +42,17 @@ class ReferenceBackend(KernelBackend):
     def rope_and_write_kv(
         self,
         heads_TAD: torch.Tensor,
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
+        cos_TF: torch.Tensor,
+        sin_TF: torch.Tensor,
         k_cache_PKSD: torch.Tensor,
         v_cache_PKSD: torch.Tensor,
         slots_T: torch.Tensor,
     ) -> None:
         num_kv_heads = k_cache_PKSD.shape[1]
         rotated_TAD, v_TKD = heads_TAD[:, :-num_kv_heads], heads_TAD[:, -num_kv_heads:]
-        cos, sin = cos_TD.to(heads_TAD.dtype)[:, None], sin_TD.to(heads_TAD.dtype)[:, None]
+        cos, sin = cos_TF.to(heads_TAD.dtype)[:, None], sin_TF.to(heads_TAD.dtype)[:, None]
         first, second = rotated_TAD.chunk(2, dim=-1)
-        rotated_TAD = rotated_TAD * cos + torch.cat((-second, first), dim=-1) * sin
+        rotated_TAD = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         heads_TAD[:, : -2 * num_kv_heads] = rotated_TAD[:, :-num_kv_heads]
         blocks, offsets = slots_T // BLOCK_SIZE, slots_T % BLOCK_SIZE
         k_TKD = rotated_TAD[:, -num_kv_heads:]

@@ -25,13 +25,13 @@ class TritonBackend(ReferenceBackend):
     def rope_and_write_kv(
         self,
         heads_TAD: torch.Tensor,
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
+        cos_TF: torch.Tensor,
+        sin_TF: torch.Tensor,
         k_cache_PKSD: torch.Tensor,
         v_cache_PKSD: torch.Tensor,
         slots_T: torch.Tensor,
     ) -> None:
-        triton_elementwise.rope_and_write_kv(heads_TAD, cos_TD, sin_TD, k_cache_PKSD, v_cache_PKSD, slots_T)
+        triton_elementwise.rope_and_write_kv(heads_TAD, cos_TF, sin_TF, k_cache_PKSD, v_cache_PKSD, slots_T)
 
     def paged_attention(
         self,

@@ -214,8 +214,8 @@ def silu_and_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
 
 def rope_and_write_kv(
     heads_TAD: torch.Tensor,
-    cos_TD: torch.Tensor,
-    sin_TD: torch.Tensor,
+    cos_TF: torch.Tensor,
+    sin_TF: torch.Tensor,
     k_cache_PKSD: torch.Tensor,
     v_cache_PKSD: torch.Tensor,
     slots_T: torch.Tensor,
@@ -243,13 +243,13 @@ def rope_and_write_kv(
     launch = choose_rope_launch(num_heads, head_dim)
     rope_and_write_kv_kernel[num_tokens, triton.cdiv(num_heads, launch.heads)](
         heads_TAD,
-        cos_TD,
-        sin_TD,
+        cos_TF,
+        sin_TF,
         k_cache_PKSD,
         v_cache_PKSD,
         slots_T,
         heads_TAD.stride(0),
-        cos_TD.stride(0),
+        cos_TF.stride(0),
         *k_cache_PKSD.stride()[:3],
         NUM_HEADS=num_heads - 2 * num_kv_heads,
         NUM_KV_HEADS=num_kv_heads,

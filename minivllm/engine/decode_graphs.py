@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from minivllm_kernels import LayerCache
+from minivllm_kernels import KVPool
 
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.block_manager import blocks_for
@@ -56,27 +56,27 @@ class DecodeGraphs:
     """A model's decode step for batches of up to ``sizes[-1]`` sequences.
 
     Args:
-        caches: the KV pool; its last block is the padding's.
+        pool: its last block is the padding's.
         max_model_len: most tokens in a sequence.
         sizes: ascending batch sizes.
         record: on CUDA a :class:`CudaRecorder`.
     """
 
     def __init__(
-        self, model: Llama, caches: list[LayerCache], *, max_model_len: int, sizes: list[int], record: Record
+        self, model: Llama, pool: KVPool, *, max_model_len: int, sizes: list[int], record: Record
     ) -> None:
         from tqdm import tqdm
 
         self.sizes = sizes
         self._graphs: dict[int, _DecodeGraph] = {}
         device, max_blocks = model.placement.device, blocks_for(max_model_len)
-        padding_block = caches[0].k_PKSD.shape[0] - 1
+        padding_block = pool.layers[0].k_PKSD.shape[0] - 1
         padding_row = FlatBatch.padding(1, max_blocks, padding_block, device)
         # The largest first: the others then find room in its memory.
         largest_first = sorted(sizes, reverse=True)
         for size in tqdm(largest_first, "decode graphs", unit="graph", leave=False, disable=None):
             inputs = FlatBatch.padding(size, max_blocks, padding_block, device)
-            replay = record(partial(model, inputs, caches))
+            replay = record(partial(model, inputs, pool))
             self._graphs[size] = _DecodeGraph(inputs, padding_row, replay)
 
     def can_run(self, batch: ScheduledBatch) -> bool:

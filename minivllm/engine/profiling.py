@@ -10,7 +10,7 @@ import torch
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.block_manager import blocks_for
 from minivllm.engine.decode_graphs import CudaRecorder, DecodeGraphs
-from minivllm.engine.runner import empty_caches
+from minivllm.engine.runner import empty_pool
 from minivllm.engine.sampler import sample
 from minivllm.models.llama import Llama
 from minivllm.request import MAX_LOGPROBS, Request, SamplingParams
@@ -23,11 +23,11 @@ def compile_kernels(model: Llama, *, kv_dtype: torch.dtype, num_tokens: int, max
     better now than in somebody's answer.
     """
     device = model.placement.device
-    caches = empty_caches(model, num_blocks=1, kv_dtype=kv_dtype)
+    pool = empty_pool(model, num_blocks=1, kv_dtype=kv_dtype)
     for length in {min(2**power, num_tokens) for power in range(num_tokens.bit_length() + 1)}:
         for seq_len in {length, max(length, max_model_len)}:
             with torch.inference_mode():
-                model(one_chunk(length, seq_len, device), caches)
+                model(one_chunk(length, seq_len, device), pool)
 
 
 def one_chunk(num_tokens: int, seq_len: int, device: torch.device) -> FlatBatch:
@@ -56,10 +56,10 @@ def measure_step(model: Llama, *, kv_dtype: torch.dtype, num_tokens: int, num_se
         Request(str(row), [row % vocab_size], sampling, seed=row, max_total_tokens=2)
         for row in range(num_seqs)
     ]
-    caches = empty_caches(model, num_blocks=1, kv_dtype=kv_dtype)
+    pool = empty_pool(model, num_blocks=1, kv_dtype=kv_dtype)
     before = _free_memory(device)
     with torch.inference_mode():
-        sample(model(flat, caches), requests, frozenset(), model.kernels).fetch()
+        sample(model(flat, pool), requests, frozenset(), model.kernels).fetch()
     taken = before - torch.cuda.mem_get_info(device)[0]  # with what torch's allocator keeps for later
     _free_memory(device)
     return max(taken, 0)
@@ -72,13 +72,13 @@ def measure_graphs(model: Llama, *, kv_dtype: torch.dtype, max_model_len: int, s
         torch.OutOfMemoryError: the device doesn't have that much.
     """
     device = model.placement.device
-    caches = empty_caches(model, num_blocks=1, kv_dtype=kv_dtype)
+    pool = empty_pool(model, num_blocks=1, kv_dtype=kv_dtype)
     before = _free_memory(device)
     taken: list[int] = []
     graphs = []  # alive until all are measured
     record = CudaRecorder()
     for size in sorted(sizes, reverse=True)[:2]:
-        graphs.append(DecodeGraphs(model, caches, max_model_len=max_model_len, sizes=[size], record=record))
+        graphs.append(DecodeGraphs(model, pool, max_model_len=max_model_len, sizes=[size], record=record))
         taken.append(max(before - sum(taken) - torch.cuda.mem_get_info(device)[0], 0))
     del graphs
     _free_memory(device)

@@ -9,18 +9,18 @@ from __future__ import annotations
 import torch
 
 from minivllm.engine.scheduler import ScheduledBatch
-from minivllm.models.llama import Hidden, Llama
+from minivllm.models.llama import Llama
 from minivllm.request import TokenLogprob
 
 _NUM_ROWS = 64
 """Logits at a time."""
 
 
-def score_prompts(model: Llama, hidden: Hidden, batch: ScheduledBatch) -> None:
+def score_prompts(model: Llama, hidden_TN: torch.Tensor, batch: ScheduledBatch) -> None:
     """Set ``prompt_logprobs`` of the batch's requests that ask for them; waits for the device then.
 
     Args:
-        hidden: the step's, for all of its tokens.
+        hidden_TN: the step's, for all of its tokens.
     """
     start_T = 0
     for item in batch.requests:
@@ -32,8 +32,8 @@ def score_prompts(model: Llama, hidden: Hidden, batch: ScheduledBatch) -> None:
             item.prompt_logprobs = []
             for first in range(0, num_scored, _NUM_ROWS):
                 rows = range(first, min(first + _NUM_ROWS, num_scored))
-                index = torch.tensor([start_T + row for row in rows], device=hidden[0].device)
-                logits_LV = model.logits(hidden, index)
+                index = torch.tensor([start_T + row for row in rows], device=hidden_TN.device)
+                logits_LV = model.logits(hidden_TN, index)
                 item.prompt_logprobs += _score(logits_LV, targets[rows.start : rows.stop], count)
         start_T += item.num_tokens
 

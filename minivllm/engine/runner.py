@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
-from minivllm_kernels import LayerCache
+from minivllm_kernels import KVPool, LayerCache
 
 from minivllm.config import BLOCK_SIZE
 from minivllm.engine.batch import FlatBatch
@@ -62,7 +62,7 @@ class TorchRunner:
         self.runs_ahead = model.placement.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
         self.eos_token_ids = eos_token_ids
-        self.caches = empty_caches(model, num_blocks=num_blocks + 1, kv_dtype=kv_dtype)  # one for padding
+        self.pool = empty_pool(model, num_blocks=num_blocks + 1, kv_dtype=kv_dtype)  # one for padding
         self._last_sampled: Sample | None = None
         self._last_rows: dict[Request, int] = {}
 
@@ -87,9 +87,9 @@ class TorchRunner:
         if self.graphs is not None and self.graphs.can_run(batch):
             logits_LV = self.graphs(flat)
         else:
-            hidden = self.model.hidden(flat, self.caches)
-            logits_LV = self.model.logits(hidden, flat.logits_index_L)
-            score_prompts(self.model, hidden, batch)
+            hidden_TN = self.model.hidden(flat, self.pool)
+            logits_LV = self.model.logits(hidden_TN, flat.logits_index_L)
+            score_prompts(self.model, hidden_TN, batch)
         mask, errors = (None, {}) if pending_mask is None else pending_mask.wait()
         sampled = sample(logits_LV, requests, self.eos_token_ids, self.model.kernels, mask)
         if self.runs_ahead:
@@ -105,21 +105,21 @@ class TorchRunner:
 
         return fetch
 
-    def touch_caches(self) -> Iterator[int]:
+    def touch_pool(self) -> Iterator[int]:
         """Take the KV pool's memory from the system, a little with each step; nothing to do on a GPU."""
         if self.model.placement.device.type == "cpu":
-            for cache in self.caches:
+            for cache in self.pool.layers:
                 for tensor in (cache.k_PKSD, cache.v_PKSD):
                     yield from touch(tensor)
 
 
-def empty_caches(model: Llama, *, num_blocks: int, kv_dtype: torch.dtype) -> list[LayerCache]:
-    """A KV pool, layer by layer. Its memory isn't touched yet: see :meth:`TorchRunner.touch_caches`."""
+def empty_pool(model: Llama, *, num_blocks: int, kv_dtype: torch.dtype) -> KVPool:
+    """A KV pool for all layers. Its memory isn't touched yet: see :meth:`TorchRunner.touch_pool`."""
     config = model.config
     device = model.placement.device
     shape = config.num_layers, 2, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim
     if device.type == "cpu":
-        pool = empty_in_huge_pages(*shape, dtype=kv_dtype)
+        memory = empty_in_huge_pages(*shape, dtype=kv_dtype)
     else:
-        pool = torch.empty(shape, dtype=kv_dtype, device=device)
-    return [LayerCache(layer[0], layer[1]) for layer in pool]
+        memory = torch.empty(shape, dtype=kv_dtype, device=device)
+    return KVPool([LayerCache(layer[0], layer[1]) for layer in memory])

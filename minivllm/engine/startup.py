@@ -126,7 +126,7 @@ def make_engine(
     if sizes:
         with stage("decode graphs recorded"):
             runner.graphs = DecodeGraphs(
-                model, runner.caches, max_model_len=ledger.max_model_len, sizes=sizes, record=CudaRecorder()
+                model, runner.pool, max_model_len=ledger.max_model_len, sizes=sizes, record=CudaRecorder()
             )
     if trace is not None:
         header = {
@@ -146,7 +146,7 @@ def make_engine(
         eos_token_ids=eos_token_ids,
         grammars=grammars,
         sinks=sinks if trace is None else (trace, *sinks),
-        idle_work=runner.touch_caches(),
+        idle_work=runner.touch_pool(),
     )
 
 

@@ -122,16 +122,3 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
         smooth = smooth.clamp(0.0, 1.0)
         return (1 - smooth) * frequencies / config.factor + smooth * frequencies
     return frequencies
-
-
-class RotaryEmbedding:
-    """Cosines and sines for a step's positions, computed once a step and passed to every layer."""
-
-    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
-        frequencies = rope_frequencies(config, head_dim)
-        self.frequencies = torch.cat((frequencies, frequencies)).to(device)
-
-    def __call__(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns float32 (cos, sin), each [T, D], the second half repeating the first."""
-        angles = positions_T.float()[:, None] * self.frequencies
-        return angles.cos(), angles.sin()

@@ -7,7 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 import torch
-from minivllm_kernels import LayerCache, LayerWeights, PackedRows
+from minivllm_kernels import DecoderWeights, KVPool, LayerWeights, PackedRows
 
 from minivllm.engine.batch import FlatBatch
 from minivllm.models.config import ModelConfig
@@ -15,14 +15,11 @@ from minivllm.models.layers import (
     Linear,
     NormedLinear,
     Placement,
-    RotaryEmbedding,
     WeightSlot,
     matrix_slot,
+    rope_frequencies,
     slot_bytes,
 )
-
-Hidden = tuple[torch.Tensor, torch.Tensor | None]
-"""What the layers leave: the last one's output and the residual, each [T, N], to be added."""
 
 
 class LlamaLayer:
@@ -86,29 +83,29 @@ class Llama:
         self.kernels = placement.kernels
         shape = config.vocab_size, config.hidden_size
         self.embedding = placement.matrix(["model.embed_tokens.weight"], *shape)
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim, placement.device)
+        self.rope_frequencies = rope_frequencies(config.rope, config.head_dim).to(placement.device)
         self.layers = [
             LlamaLayer(f"model.layers.{number}", config, placement) for number in range(config.num_layers)
         ]
-        self.layer_weights = [layer.weights() for layer in self.layers]
+        self.decoder_weights = DecoderWeights([layer.weights() for layer in self.layers])
         self.norm_weight = placement.empty(config.hidden_size)
         self.lm_head = self.embedding
         if not config.tie_word_embeddings:
             self.lm_head = placement.matrix(["lm_head.weight"], *shape)
 
-    def __call__(self, batch: FlatBatch, caches: list[LayerCache]) -> torch.Tensor:
-        """One step. Writes this step's keys and values to ``caches``; returns logits [L, V]."""
-        return self.logits(self.hidden(batch, caches), batch.logits_index_L)
+    def __call__(self, batch: FlatBatch, pool: KVPool) -> torch.Tensor:
+        """One step. Writes this step's keys and values to ``pool``; returns logits [L, V]."""
+        return self.logits(self.hidden(batch, pool), batch.logits_index_L)
 
-    def hidden(self, batch: FlatBatch, caches: list[LayerCache]) -> Hidden:
-        """The layers alone. Writes this step's keys and values to ``caches``."""
-        config, (cos_TD, sin_TD) = self.config, self.rotary(batch.positions_T)
+    def hidden(self, batch: FlatBatch, pool: KVPool) -> torch.Tensor:
+        """The layers alone: [T, N]. Writes this step's keys and values to ``pool``."""
+        config = self.config
         return self.kernels.decoder_layers(
             self.kernels.embedding(batch.input_ids_T, self.embedding),
-            self.layer_weights,
-            caches,
-            cos_TD,
-            sin_TD,
+            self.decoder_weights,
+            pool,
+            self.rope_frequencies,
+            batch.positions_T,
             batch.slots_T,
             batch.block_tables_BM,
             batch.seq_lens_B,
@@ -118,15 +115,15 @@ class Llama:
             sliding_window=config.sliding_window,
         )
 
-    def logits(self, hidden: Hidden, index_L: torch.Tensor) -> torch.Tensor:
-        """The last norm and the large product, for some of the step's tokens only: [L, V]."""
-        x_TN, residual_TN = hidden
+    def logits(self, hidden_TN: torch.Tensor, index_L: torch.Tensor) -> torch.Tensor:
+        """The last norm and the large product, for some of the step's tokens only: [L, V].
+
+        Args:
+            index_L: int64, ascending: as many as there are tokens are all of them.
+        """
+        hidden_LN = hidden_TN if len(index_L) == len(hidden_TN) else hidden_TN.index_select(0, index_L)
         logits_LV, _ = self.kernels.rms_norm_linear(
-            x_TN.index_select(0, index_L),
-            None if residual_TN is None else residual_TN.index_select(0, index_L),
-            self.norm_weight,
-            self.config.rms_norm_eps,
-            self.lm_head,
+            hidden_LN, None, self.norm_weight, self.config.rms_norm_eps, self.lm_head
         )
         return logits_LV
 

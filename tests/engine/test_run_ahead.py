@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from minivllm_kernels import LayerCache
+from minivllm_kernels import KVPool
 
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.decode_graphs import DecodeGraphs, graph_sizes
 from minivllm.engine.engine import Engine
 from minivllm.engine.profiling import compile_kernels, longest_batch
-from minivllm.engine.runner import PendingTokens, TorchRunner, empty_caches
+from minivllm.engine.runner import PendingTokens, TorchRunner, empty_pool
 from minivllm.engine.scheduler import ScheduledBatch
-from minivllm.models.llama import Hidden
 from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, SamplingParams
 from tests.conftest import run_all
 from tests.tiny_model import VOCAB_SIZE
@@ -35,7 +34,7 @@ def with_graphs(engine: Engine, sizes: list[int]) -> Engine:
     runner = engine.runner
     assert isinstance(runner, TorchRunner)
     runner.graphs = DecodeGraphs(
-        runner.model, runner.caches, max_model_len=200, sizes=sizes, record=lambda compute: compute
+        runner.model, runner.pool, max_model_len=200, sizes=sizes, record=lambda compute: compute
     )
     return engine
 
@@ -205,9 +204,9 @@ def test_the_longest_step_is_one_that_the_model_takes(
     flat = longest_batch(num_tokens, num_seqs, torch.device("cpu"))
     assert flat.seq_lens_B.tolist() == [num_tokens - num_seqs + 1, *[1] * (num_seqs - 1)]
     assert flat.query_start_B1.diff().tolist() == flat.seq_lens_B.tolist()
-    caches = empty_caches(runner.model, num_blocks=1, kv_dtype=torch.float32)
+    pool = empty_pool(runner.model, num_blocks=1, kv_dtype=torch.float32)
     with torch.inference_mode():
-        assert runner.model(flat, caches).shape == (num_seqs, VOCAB_SIZE)
+        assert runner.model(flat, pool).shape == (num_seqs, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 20, 64])
@@ -218,10 +217,10 @@ def test_kernels_are_compiled_by_running_them(make_tiny_engine: MakeEngine, num_
     seen: set[tuple[int, int]] = set()
     hidden = runner.model.hidden
 
-    def spy(flat: FlatBatch, caches: list[LayerCache]) -> Hidden:
+    def spy(flat: FlatBatch, pool: KVPool) -> torch.Tensor:
         seen.add((len(flat.input_ids_T), int(flat.seq_lens_B[0])))
         assert flat.block_tables_BM.shape[1] * 16 >= int(flat.seq_lens_B[0])
-        return hidden(flat, caches)
+        return hidden(flat, pool)
 
     runner.model.hidden = spy  # type: ignore[method-assign]
     compile_kernels(runner.model, kv_dtype=torch.float32, num_tokens=num_tokens, max_model_len=200)

@@ -90,7 +90,7 @@ def layer(dtype: torch.dtype, cache_dtype: torch.dtype, head_dim: int) -> None:
     from minivllm_kernels.triton_elementwise import rms_norm, rope_and_write_kv, silu_and_mul
 
     num_tokens, cache = 128, torch.empty(4, 8, 16, head_dim, dtype=cache_dtype)
-    x, angles = torch.empty(num_tokens, 4096, dtype=dtype), torch.empty(num_tokens, head_dim)
+    x, angles = torch.empty(num_tokens, 4096, dtype=dtype), torch.empty(num_tokens, head_dim // 2)
     rms_norm(x, x[0], 1e-5, None)
     rms_norm(x, x[0], 1e-5, x.clone())
     silu_and_mul(torch.empty(num_tokens, 2 * 14336, dtype=dtype))

@@ -294,6 +294,18 @@ def test_attention_refuses_tensors_that_do_not_fit_together(
 # rope_and_write_kv and packed weights
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+def test_rotary(backend: Backend, rng: np.random.Generator, num_tokens: int) -> None:
+    """Angles are rounded to float32, as in transformers; their cosines and sines are right."""
+    frequencies = torch.from_numpy(rng.uniform(0, 1, 21)).float().to(backend.device)
+    positions = torch.from_numpy(rng.integers(0, 131072, 2 * num_tokens)).to(backend.device)[::2]
+    have = backend.kernels.rotary(frequencies, positions)
+    angles = (positions.float()[:, None] * frequencies).double().cpu()
+    for angle, want in zip(have, (angles.cos(), angles.sin()), strict=True):
+        assert angle.dtype == torch.float32
+        torch.testing.assert_close(angle.double().cpu(), want, rtol=0, atol=2e-7)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(1, 16), (3, 20), (8, 128)])
 def test_rope_and_write_kv(
@@ -309,10 +321,7 @@ def test_rope_and_write_kv(
         rng, num_tokens, 5 + 2 * num_kv_heads, head_dim, dtype=torch.float32, device=backend.device
     )
     angles = rng.uniform(0, 5000, (num_tokens, half))
-    cos, sin = (
-        torch.from_numpy(np.concatenate([f(angles)] * 2, axis=1)).float().to(backend.device)
-        for f in (np.cos, np.sin)
-    )
+    cos, sin = (torch.from_numpy(f(angles)).float().to(backend.device) for f in (np.cos, np.sin))
     wide = heads.double().cpu().numpy()
     turned = (wide[..., :half] + 1j * wide[..., half:]) * np.exp(1j * angles)[:, None]
     rotated = np.concatenate([turned.real, turned.imag], axis=-1)
@@ -343,7 +352,7 @@ def test_rope_and_write_kv_to_float8(backend: Backend, rng: np.random.Generator,
     heads[3, 3, 5] = torch.inf
     caches = torch.zeros(2, 3, 1, BLOCK_SIZE, 24, device=device).to(torch.float8_e4m3fn)
     slots = torch.tensor(rng.permutation(3 * BLOCK_SIZE)[:num_tokens], device=device)
-    cos, sin = torch.ones(num_tokens, 24, device=device), torch.zeros(num_tokens, 24, device=device)
+    cos, sin = torch.ones(num_tokens, 12, device=device), torch.zeros(num_tokens, 12, device=device)
     want = heads.float().clamp(-448, 448).to(torch.float8_e4m3fn).float().cpu()
     backend.kernels.rope_and_write_kv(heads, cos, sin, caches[0], caches[1], slots)
     have = caches.float().cpu().view(2, 3 * BLOCK_SIZE, 24)
@@ -362,10 +371,10 @@ def test_half_precision_is_rounded_where_torch_rounds(
     needs_dtype(backend, dtype)
     device, num_tokens, head_dim = backend.device, 7, 64
     heads = normal(rng, num_tokens, 6, head_dim, dtype=dtype, device=device)
-    angles = torch.from_numpy(np.concatenate([rng.uniform(0, 5000, (num_tokens, 32))] * 2, axis=1))
+    angles = torch.from_numpy(rng.uniform(0, 5000, (num_tokens, 32)))
     cos, sin = (f(angles).float().to(device) for f in (torch.cos, torch.sin))
     turned = torch.cat((-heads[..., 32:], heads[..., :32]), -1)
-    want = heads * cos.to(dtype)[:, None] + turned * sin.to(dtype)[:, None]
+    want = heads * cos.to(dtype)[:, None].repeat(1, 1, 2) + turned * sin.to(dtype)[:, None].repeat(1, 1, 2)
     caches = torch.zeros(2, 1, 1, BLOCK_SIZE, head_dim, dtype=dtype, device=device)
     values = heads[:, 5].clone()
     slots = torch.arange(num_tokens, device=device)

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from minivllm_kernels import LayerCache, LayerWeights, PackedWeight, quantize_int8
+from minivllm_kernels import (
+    DecoderWeights,
+    KVPool,
+    LayerCache,
+    LayerWeights,
+    PackedWeight,
+    quantize_int8,
+)
 
 from tests.kernels.conftest import Backend
 from tests.kernels.test_kernels import (
@@ -84,6 +91,14 @@ def slots_of(case: AttentionCase) -> torch.Tensor:
     )
 
 
+def random_angles(rng: np.random.Generator, case: AttentionCase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random frequencies for the case's heads, and a random position for each of its tokens."""
+    num_tokens, _, head_dim = case.q_THD.shape
+    frequencies = torch.from_numpy(rng.uniform(0, 1, head_dim // 2)).float()
+    positions = torch.from_numpy(rng.integers(0, 5000, num_tokens))
+    return frequencies.to(case.q_THD.device), positions.to(case.q_THD.device)
+
+
 @pytest.mark.parametrize("bits", [4, 8, None])
 @pytest.mark.parametrize("inner", [80, 72])  # C++ takes what fills its panels in one call
 @pytest.mark.parametrize("kind", ["one", "decode", "mixed"])
@@ -103,9 +118,10 @@ def test_decoder_layers(
     num_tokens, num_heads, head_dim = case.q_THD.shape
     layers = [make_layer(rng, backend, case, size, bits, has_bias, inner) for _ in range(2)]
     x = normal(rng, num_tokens, size, dtype=torch.float32, device=backend.device)
-    cos, sin = normal(rng, 2, num_tokens, head_dim, dtype=torch.float32, device=backend.device)
+    frequencies, positions = random_angles(rng, case)
     slots, tables = slots_of(case), (case.block_tables_BM, case.seq_lens_B, case.query_start_B1)
     kernels = backend.kernels
+    cos, sin = kernels.rotary(frequencies, positions)
 
     # Each layer has a cache of its own: the case's, and its mirror image.
     pairs = [(case.k_cache_PKSD, case.v_cache_PKSD), (case.v_cache_PKSD.clone(), case.k_cache_PKSD.clone())]
@@ -130,16 +146,14 @@ def test_decoder_layers(
         gate_up = kernels.linear(normed, layer.gate_up, layer.gate_up_bias)
         want = kernels.linear(kernels.silu_and_mul(gate_up), layer.down, layer.down_bias)
 
-    caches = [LayerCache(k, v) for k, v in pairs]
-    have, have_total = kernels.decoder_layers(
-        x.clone(), layers, caches, cos, sin, slots, *tables,
+    pool = KVPool([LayerCache(k, v) for k, v in pairs])
+    have = kernels.decoder_layers(
+        x.clone(), DecoderWeights(layers), pool, frequencies, positions, slots, *tables,
         eps=eps, scale=0.3, sliding_window=sliding_window,
     )  # fmt: skip
     assert total is not None
-    assert have_total is not None
     assert not want.isnan().any()
-    assert same_bits(have, want)
-    assert same_bits(have_total, total)
+    assert same_bits(have, want + total)
     for have_pair, want_pair in zip(pairs, want_pairs, strict=True):
         for have_cache, want_cache in zip(have_pair, want_pair, strict=True):
             assert same_bits(have_cache, want_cache)
@@ -150,34 +164,32 @@ def test_many_tokens(backend: Backend, rng: np.random.Generator) -> None:
     if not backend.is_cpp:
         pytest.skip("nothing is taken in parts")
     case, size = make_case(rng, backend.device, [(700, 700)]), 48
-    num_tokens, _, head_dim = case.q_THD.shape
-    layers = [make_layer(rng, backend, case, size, 4, True)]
+    num_tokens = len(case.q_THD)
+    weights = DecoderWeights([make_layer(rng, backend, case, size, 4, True)])
     x = normal(rng, num_tokens, size, dtype=torch.float32, device=backend.device)
-    cos, sin = normal(rng, 2, num_tokens, head_dim, dtype=torch.float32, device=backend.device)
-    slots, caches = slots_of(case), [LayerCache(case.k_cache_PKSD, case.v_cache_PKSD)]
+    frequencies, positions = random_angles(rng, case)
+    slots, pool = slots_of(case), KVPool([LayerCache(case.k_cache_PKSD, case.v_cache_PKSD)])
 
     def run(first: int, end: int) -> torch.Tensor:
         lengths = torch.tensor([end], dtype=torch.int32), torch.tensor([0, end - first], dtype=torch.int32)
         part = slice(first, end)
-        out, residual = backend.kernels.decoder_layers(
-            x[part].clone(), layers, caches, cos[part], sin[part], slots[part],
+        return backend.kernels.decoder_layers(
+            x[part].clone(), weights, pool, frequencies, positions[part], slots[part],
             case.block_tables_BM, *lengths, eps=1e-5, scale=0.3,
         )  # fmt: skip
-        assert residual is not None
-        return torch.stack((out, residual))
 
     whole = run(0, num_tokens)
     parts = [run(first, min(first + 90, num_tokens)) for first in range(0, num_tokens, 90)]
-    assert same_bits(torch.cat(parts, dim=1), whole)
+    assert same_bits(torch.cat(parts), whole)
 
 
 def test_no_layers(backend: Backend) -> None:
     x, tables = torch.ones(1, 48, device=backend.device), torch.zeros(1, 1, dtype=torch.int32)
-    have, total = backend.kernels.decoder_layers(
-        x, [], [], x, x, x, tables, tables, tables, eps=1.0, scale=1.0
+    zero, one = torch.zeros(1, dtype=torch.int64, device=backend.device), torch.ones(1, device=backend.device)
+    have = backend.kernels.decoder_layers(
+        x, DecoderWeights([]), KVPool([]), one, zero, zero, tables, tables, tables, eps=1.0, scale=1.0
     )
     assert have is x
-    assert total is None
 
 
 def test_layers_that_do_not_fit_are_refused(backend: Backend, rng: np.random.Generator) -> None:
@@ -185,21 +197,22 @@ def test_layers_that_do_not_fit_are_refused(backend: Backend, rng: np.random.Gen
         pytest.skip("torch refuses them in its own words")
     case = make_case(rng, backend.device, [(40, 1), (20, 1)])
     layer, x = make_layer(rng, backend, case, 48, 8, False), torch.ones(2, 48)
-    cos = torch.ones(2, case.q_THD.shape[2])
+    frequencies, positions = random_angles(rng, case)
     cache = LayerCache(case.k_cache_PKSD, case.v_cache_PKSD)
 
-    def run(second: LayerWeights, second_cache: LayerCache, num_slots: int = 2) -> None:
+    def run(second: LayerWeights, *caches: LayerCache, num_slots: int = 2) -> None:
         backend.kernels.decoder_layers(
-            x, [layer, second], [cache, second_cache], cos, cos, torch.zeros(num_slots, dtype=torch.int64),
+            x, DecoderWeights([layer, second]), KVPool([cache, *caches]), frequencies, positions,
+            torch.zeros(num_slots, dtype=torch.int64),
             case.block_tables_BM, case.seq_lens_B, case.query_start_B1, eps=1e-5, scale=1.0,
         )  # fmt: skip
 
     for name, wrong in (("down", PackedWeight(49, 80, 8)), ("gate_up", PackedWeight(64, 48, 8))):
         with pytest.raises(ValueError, match=rf"^{name} must be .*, got \({wrong.rows}, "):
             run(replace(layer, **{name: wrong}), cache)
-    with pytest.raises(ValueError, match=r"^decoder_layers: all layers must be as the first"):
+    with pytest.raises(ValueError, match=r"^all layers must be as the first"):
         run(replace(layer, qkv=PackedWeight(64, 48, 8)), cache)
-    with pytest.raises(ValueError, match=r"^decoder_layers: all layers must be as the first"):
+    with pytest.raises(ValueError, match=r"^all layers must be as the first"):
         run(layer, LayerCache(cache.k_PKSD[:1], cache.v_PKSD[:1]))
     with pytest.raises(ValueError, match=r"^v_PKSD must be as k_PKSD"):
         run(layer, LayerCache(cache.k_PKSD, cache.v_PKSD[:1]))
@@ -207,6 +220,8 @@ def test_layers_that_do_not_fit_are_refused(backend: Backend, rng: np.random.Gen
         run(replace(layer, o_bias=torch.ones(47)), cache)
     with pytest.raises(ValueError, match=r"^decoder_layers: 2 tokens of 2 sequences, .* don't fit together"):
         run(layer, cache, num_slots=3)
+    with pytest.raises(ValueError, match=r"^decoder_layers: .* 2 layers .* 1 caches .* don't fit together"):
+        run(layer)
 
 
 def test_more_threads_than_cores(backend: Backend, rng: np.random.Generator) -> None:
@@ -214,18 +229,17 @@ def test_more_threads_than_cores(backend: Backend, rng: np.random.Generator) -> 
     if not backend.is_cpp:
         pytest.skip("torch's threads")
     case, size = make_case(rng, backend.device, [(700, 1), (90, 20)]), 48
-    num_tokens, _, head_dim = case.q_THD.shape
-    layers = [make_layer(rng, backend, case, size, 4, True) for _ in range(3)]
+    num_tokens = len(case.q_THD)
+    weights = DecoderWeights([make_layer(rng, backend, case, size, 4, True) for _ in range(3)])
     x = normal(rng, num_tokens, size, dtype=torch.float32, device=backend.device)
-    cos, sin = normal(rng, 2, num_tokens, head_dim, dtype=torch.float32, device=backend.device)
-    slots, caches = slots_of(case), [LayerCache(case.k_cache_PKSD, case.v_cache_PKSD)] * 3
+    frequencies, positions = random_angles(rng, case)
+    slots, pool = slots_of(case), KVPool([LayerCache(case.k_cache_PKSD, case.v_cache_PKSD)] * 3)
     tables = case.block_tables_BM, case.seq_lens_B, case.query_start_B1
 
     def run() -> torch.Tensor:
-        out, _ = backend.kernels.decoder_layers(
-            x.clone(), layers, caches, cos, sin, slots, *tables, eps=1e-5, scale=0.3
+        return backend.kernels.decoder_layers(
+            x.clone(), weights, pool, frequencies, positions, slots, *tables, eps=1e-5, scale=0.3
         )
-        return out
 
     num_threads = torch.get_num_threads()
     try:
