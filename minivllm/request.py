@@ -133,6 +133,11 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @cached_property
+    def changes_scores(self) -> bool:
+        """Whether tokens are more or less likely for it than for the model. Asked in every step."""
+        return bool(self.logit_bias) or self.has_penalties or self.min_tokens > 0
+
+    @cached_property
     def reads_output(self) -> bool:
         """Whether the choice of a token takes the tokens before it, beyond the model. Asked in every step."""
         return self.has_penalties or self.grammar is not None

@@ -7,6 +7,7 @@ Shape legend:
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,41 +44,44 @@ class FlatBatch:
     def build(
         cls, batch: ScheduledBatch, device: torch.device, sampled_rows: Mapping[Request, int] | None = None
     ) -> FlatBatch:
-        """Lay the batch out. Costs Python per sequence, numpy per token.
+        """Lay the batch out. Python's lists, not numpy: for a few tokens its calls cost more.
 
         Args:
             device: where the tensors go; the copies may still be under way when this returns.
             sampled_rows: where the last step's samples are, for sequences that end in PENDING_TOKEN.
         """
-        items = batch.requests
-        num_tokens = np.array([item.num_tokens for item in items], dtype=np.int64)
-        computed = np.array([item.start for item in items], dtype=np.int64)
-        query_start = np.zeros(len(items) + 1, dtype=np.int32)
-        num_tokens.cumsum(out=query_start[1:])
-
         input_ids: list[int] = []
-        for item in items:
-            input_ids += item.request.token_ids[item.start : item.start + item.num_tokens]
+        positions: list[int] = []
+        slots: list[int] = []
+        seq_lens: list[int] = []
+        query_start = [0]
+        logits_index: list[int] = []
+        block_tables: list[array[int]] = []
+        for item in batch.requests:
+            request, start, end = item.request, item.start, item.start + item.num_tokens
+            table = request.block_table
+            input_ids += request.token_ids[start:end]
+            for position in range(start, end):
+                positions.append(position)
+                slots.append(table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+            block_tables.append(table)
+            seq_lens.append(end)
+            query_start.append(len(positions))
+            if item.is_sampled:
+                logits_index.append(len(positions) - 1)
             if input_ids[-1] == PENDING_TOKEN:
-                input_ids[-1] = -1 - (sampled_rows or {})[item.request]
-        block_tables = [item.request.block_table for item in items]
+                input_ids[-1] = -1 - (sampled_rows or {})[request]
         row_size = 4 * max(map(len, block_tables))
-        rows = b"".join([table.tobytes().ljust(row_size, b"\0") for table in block_tables])
-        tables = np.frombuffer(bytearray(rows), dtype=np.int32).reshape(len(items), -1)
-
-        sequence_of_T = np.arange(len(items)).repeat(num_tokens)
-        positions = np.arange(len(input_ids)) - query_start[sequence_of_T] + computed[sequence_of_T]
-        blocks = tables[sequence_of_T, positions // BLOCK_SIZE].astype(np.int64)
-        sampled = np.array([item.is_sampled for item in items], dtype=bool)
-
+        rows = bytearray().join([table.tobytes().ljust(row_size, b"\0") for table in block_tables])
+        tables = np.frombuffer(rows, dtype=np.int32).reshape(len(block_tables), -1)
         return cls(
             input_ids_T=to_device(np.array(input_ids, dtype=np.int64), device),
-            positions_T=to_device(positions, device),
-            slots_T=to_device(blocks * BLOCK_SIZE + positions % BLOCK_SIZE, device),
+            positions_T=to_device(np.array(positions, dtype=np.int64), device),
+            slots_T=to_device(np.array(slots, dtype=np.int64), device),
             block_tables_BM=to_device(tables, device),
-            seq_lens_B=to_device((computed + num_tokens).astype(np.int32), device),
-            query_start_B1=to_device(query_start, device),
-            logits_index_L=to_device(query_start[1:][sampled].astype(np.int64) - 1, device),
+            seq_lens_B=to_device(np.array(seq_lens, dtype=np.int32), device),
+            query_start_B1=to_device(np.array(query_start, dtype=np.int32), device),
+            logits_index_L=to_device(np.array(logits_index, dtype=np.int64), device),
         )
 
     @classmethod

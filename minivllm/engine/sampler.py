@@ -55,18 +55,19 @@ class Sample:
 
     def fetch(self) -> list[SampledToken]:
         """The tokens, on the host: waits until the device has chosen them."""
-        numbers = self._copy()
+        numbers: list[float] = self._copy().tolist()
         num_rows, num_asking = len(self.tokens_L), len(self._logprob_counts)
-        token_ids: list[int] = numbers[:num_rows].astype(np.int64).tolist()
+        token_ids = list(map(int, numbers[:num_rows]))
         sampled = [SampledToken(token_id) for token_id in token_ids]
         if num_asking:
             # As _logprobs lays them out; float64 holds token ids exactly.
-            table = numbers[num_rows:].reshape(num_asking, -1)
-            width = table.shape[1] // 2
-            for (row, count), line in zip(self._logprob_counts.items(), table, strict=True):
-                top_ids = line[1 : 1 + width].astype(np.int64).tolist()
-                top = list(zip(top_ids, line[1 + width :].tolist(), strict=True))[:count]
-                logprob = TokenLogprob(token_ids[row], float(line[0]), top)
+            size = (len(numbers) - num_rows) // num_asking
+            for index, (row, count) in enumerate(self._logprob_counts.items()):
+                start = num_rows + index * size
+                own, *rest = numbers[start : start + size]
+                top_ids = map(int, rest[: size // 2])
+                top = list(zip(top_ids, rest[size // 2 :], strict=True))[:count]
+                logprob = TokenLogprob(token_ids[row], own, top)
                 sampled[row] = SampledToken(token_ids[row], logprob)
         return sampled
 
@@ -88,12 +89,8 @@ def sample(
     """
     params = [request.sampling for request in requests]
     scores_LV = logits_LV if mask is None else apply_token_mask(logits_LV, mask)
-    scores_LV = _add_biases(scores_LV, params)
-    penalised = [row for row, p in enumerate(params) if p.has_penalties]
-    if penalised:
-        scores_LV = _penalise(scores_LV, penalised, [requests[row] for row in penalised])
-    if any(request.num_output_tokens < request.sampling.min_tokens for request in requests):
-        scores_LV = _mask_ends(scores_LV, requests, eos_token_ids)
+    if any(p.changes_scores for p in params):
+        scores_LV = _change(scores_LV, requests, eos_token_ids)
     tokens_L = _draw(scores_LV, requests, kernels)
 
     counts = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
@@ -124,6 +121,17 @@ def _draw(scores_LV: torch.Tensor, requests: list[Request], kernels: KernelBacke
     if any(not p.is_greedy and (p.top_p < 1.0 or p.top_k > 0 or p.min_p > 0.0) for p in params):
         scores_LV = kernels.keep_likely(scores_LV, temperature_L, min_p_L, top_k_L, top_p_L)
     return kernels.draw(scores_LV, temperature_L, to_device(_noise_keys(requests), device))
+
+
+def _change(scores_LV: torch.Tensor, requests: list[Request], eos_token_ids: frozenset[int]) -> torch.Tensor:
+    """Biases, penalties, and the mask of end-of-turn tokens."""
+    scores_LV = _add_biases(scores_LV, [request.sampling for request in requests])
+    penalised = [row for row, request in enumerate(requests) if request.sampling.has_penalties]
+    if penalised:
+        scores_LV = _penalise(scores_LV, penalised, [requests[row] for row in penalised])
+    if any(request.num_output_tokens < request.sampling.min_tokens for request in requests):
+        scores_LV = _mask_ends(scores_LV, requests, eos_token_ids)
+    return scores_LV
 
 
 def _add_biases(logits_LV: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
