@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from minivllm.models.config import ModelConfig
 
 _PLAIN_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}  # numpy has no bfloat16
-_BLOCKS = {"Q4_0": (4, 1), "Q4_1": (4, 2), "Q8_0": (8, 1)}  # bits of a value, numbers (d, m) beside them
+_PACKED_BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q8_0": 8}  # types that the kernels can keep as they are
 _ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, not a weight
 
 _HF_NAMES = {
@@ -88,7 +88,7 @@ class GGUFFile:
         tensor = self._weights.get(name)
         if tensor is None or tensor.type in _PLAIN_TYPES:
             return None
-        return _BLOCKS[tensor.type][0] if tensor.type in _BLOCKS else 8  # the rest are rounded anew
+        return _PACKED_BITS.get(tensor.type, 8)  # the rest are rounded anew
 
     def iter_tensors(
         self, config: ModelConfig, packed: frozenset[str] = frozenset()
@@ -96,7 +96,7 @@ class GGUFFile:
         """Every weight as (Hugging Face name, tensor), in file order.
 
         F16 and BF16 keep their type; quantised ones become float32, except that those whose names
-        are in ``packed`` stay as they are where the kernels have such blocks. ``config`` tells the
+        are in ``packed`` keep their bits where the kernels have such blocks. ``config`` tells the
         numbers of heads, which un-permuting the query and key rows takes. Threads read a few tensors
         ahead of the caller and no more: memory stays flat.
         """
@@ -126,8 +126,8 @@ class GGUFFile:
             rows = self._unpermute(tensor, rows, config.num_heads)
         elif ".attn_k." in tensor.name:
             rows = self._unpermute(tensor, rows, config.num_kv_heads)
-        if is_packed and tensor.type in _BLOCKS:
-            return _quantized_rows(rows, tensor)
+        if is_packed and tensor.type in _PACKED_BITS:
+            return _quantized_rows(rows, tensor.type)
         if not is_plain:
             return torch.from_numpy(_dequantize(rows, tensor.type).reshape(tensor.shape))
         values = torch.from_numpy(rows.copy())  # the mapping is read-only, a tensor is not
@@ -191,20 +191,47 @@ def _hf_name(name: str) -> str:
     return name
 
 
-def _quantized_rows(rows: NDArray[np.uint8], tensor: GGUFTensor) -> QuantizedRows:
-    """Blocks of 32 columns as llama.cpp lays them out (ggml-common.h): d, perhaps m, then values."""
+def _quantized_rows(rows: NDArray[np.uint8], tensor_type: str) -> QuantizedRows:
+    """Blocks as llama.cpp lays them out (ggml-common.h), as the kernels' groups of 32 columns."""
     import torch
     from minivllm_kernels import QuantizedRows
 
-    bits, num_numbers = _BLOCKS[tensor.type]
+    if tensor_type == "Q4_K":
+        return _q4_k_rows(rows)
+    bits = _PACKED_BITS[tensor_type]
+    num_numbers = 2 if tensor_type == "Q4_1" else 1  # d, perhaps m, then values
     num_bytes = 2 * num_numbers + 4 * bits
     blocks = torch.from_numpy(rows.reshape(len(rows), -1, num_bytes).copy())
     numbers = blocks[..., : 2 * num_numbers].contiguous().view(torch.float16)
     values, scales = blocks[..., 2 * num_numbers :].contiguous(), numbers[..., 0]
+    columns = 32 * values.shape[1]
     if bits == 8:
-        return QuantizedRows(8, tensor.shape[1], values.view(torch.int8), scales, None)
+        return QuantizedRows(8, columns, values.view(torch.int8), scales, None)
     mins = numbers[..., 1] if num_numbers == 2 else -8 * scales
-    return QuantizedRows(4, tensor.shape[1], values, scales, mins)
+    return QuantizedRows(4, columns, values, scales, mins)
+
+
+def _q4_k_rows(rows: NDArray[np.uint8]) -> QuantizedRows:
+    """Q4_K: eight groups share d and dmin, and have a scale and a minimum of 6 bits each.
+
+    Their products are rounded to float16, which is within 2^-11 of them.
+    """
+    import torch
+    from minivllm_kernels import QuantizedRows
+
+    blocks = rows.reshape(-1, 144)  # d, dmin, the 6-bit numbers in 12 bytes, values
+    numbers = blocks[:, :4].copy().view(np.float16).astype(np.float32)
+    scales, mins = gguf.quants.Q4_K.get_scale_min(blocks[:, 4:16].copy())
+    # 32 bytes are two groups: the low nibbles one, the high nibbles the next.
+    pairs = blocks[:, 16:].reshape(-1, 1, 32)
+    values = np.concatenate((pairs & 15, pairs >> 4), axis=1)
+    values = values[..., :16] | values[..., 16:] << 4
+    scales_and_mins = [
+        torch.from_numpy((factor * six_bits).reshape(len(rows), -1)).half()
+        for factor, six_bits in ((numbers[:, :1], scales), (-numbers[:, 1:], mins))
+    ]
+    packed = torch.from_numpy(values.reshape(len(rows), -1, 16))
+    return QuantizedRows(4, 32 * packed.shape[1], packed, *scales_and_mins)
 
 
 def _dequantize(rows: NDArray[np.uint8], tensor_type: str) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
+from minivllm_kernels import QuantizedRows
 
 from minivllm.errors import ModelLoadError
 from minivllm.models.config import ModelConfig
@@ -141,6 +142,32 @@ def test_k_types_expand_as_the_gguf_package_says(tmp_path: Path, type_name: str,
     assert np.isfinite(expected).all()
     assert np.abs(expected).max() > 1
     np.testing.assert_array_equal(loaded.numpy(), expected)
+
+
+@pytest.mark.parametrize(("type_name", "bits"), [("Q8_0", 8), ("Q4_0", 4), ("Q4_1", 4), ("Q4_K", 4)])
+@pytest.mark.parametrize("name", ["blk.0.ffn_down.weight", "blk.0.attn_q.weight"])
+def test_quantised_rows_keep_their_bits(tmp_path: Path, name: str, type_name: str, bits: int) -> None:
+    """Scales of Q4_K, products of two numbers, are rounded to float16; nothing else is."""
+    tensor_type = GGMLQuantizationType[type_name]
+    if type_name == "Q4_K":
+        blocks = random_blocks(12, 512, tensor_type)
+    else:
+        values = np.random.default_rng(2).standard_normal((12, 512), dtype=np.float32)
+        blocks = gguf.quantize(values, tensor_type)
+    file = open_gguf(write_gguf(tmp_path / "q.gguf", {}, {name: (blocks, tensor_type)}))
+    [hf_name] = file.shapes
+    assert file.packed_bits(hf_name) == bits
+    [(_, dense)] = file.iter_tensors(SimpleNamespace(num_heads=3))
+    [(_, rows)] = file.iter_tensors(SimpleNamespace(num_heads=3), packed=frozenset(file.shapes))
+    assert isinstance(rows, QuantizedRows)
+    assert isinstance(dense, torch.Tensor)
+    assert (rows.bits, rows.shape) == (bits, (12, 512))
+    error = (rows.dequantize() - dense).abs().max()
+    if type_name == "Q4_K":
+        numbers = blocks.reshape(-1, 144)[:, :4].copy().view(np.float16).astype(np.float64)
+        assert error <= 2.0**-11 * (np.abs(numbers) @ [63 * 15, 63]).max()
+    else:
+        assert error <= 2.0**-22 * dense.abs().max()
 
 
 def test_quantised_vectors(tmp_path: Path) -> None:
