@@ -24,7 +24,6 @@ namespace {
 
 constexpr int kTileRows = 24;  // more would wait for more keys that only the last of them see
 constexpr int kTileKeys = 64;
-constexpr int kRangeKeys = 512;
 constexpr int kSerialWork = 8;  // rows times ranges that aren't worth waking another thread
 constexpr int kMostTilesAtATime = 8;  // that a thread takes, and whose first blocks it asks for beforehand
 constexpr int kFewRows = 8;  // for so many, widening a block beforehand isn't worth it
@@ -252,8 +251,8 @@ class Kernel {
             const bool goes_on = i + 1 < num_tiles && (i + 1) % at_a_time != 0;
             const float* q = load_queries(tile, work_memory);
             running.reset(tile.rows, padded_);
-            for (int32_t range = tile.first_range; range < tile.end_range; ++range) {
-                const bool is_last = range + 1 == tile.end_range;
+            for (int32_t range = tile.first_range(); range < tile.end_range(); ++range) {
+                const bool is_last = range + 1 == tile.end_range();
                 attend(tile, range, q, work_memory, partial, is_last && goes_on ? &plan_.tiles[i + 1] : nullptr);
                 merge(partial, running, tile.rows, padded_);
             }
@@ -300,19 +299,15 @@ class Kernel {
         return to;
     }
 
-    // The keys that the rows of a tile see.
+    // The keys that the rows of a tile see, in the cache.
     struct Keys {
         Keys(const AttentionBatch& a, const AttentionTile& tile)
             : table(a.tables + tile.sequence * a.table_stride),
               kv_heads(a.kv_heads),
               kv_head(tile.kv_head),
-              block_values(kBlockSize * a.head_dim) {
-            const int64_t queries = a.query_start[tile.sequence + 1] - a.query_start[tile.sequence];
-            first_position = a.seq_lens[tile.sequence] - queries;
-            // The first row sees the earliest keys, the last row the latest ones.
-            begin = a.window_begin(first_position + tile.row / a.group());
-            end = first_position + (tile.row + tile.rows - 1) / a.group() + 1;
-        }
+              block_values(kBlockSize * a.head_dim),
+              begin(tile.begin),
+              end(tile.end) {}
 
         // The block of the tile's KV head that holds a position's key or value; null past the last.
         const T* block(const T* cache, int64_t position) const {
@@ -322,15 +317,14 @@ class Kernel {
 
         // Where the 64s of a range begin: at multiples of 64. Of the first, blocks before `begin` are left out.
         int64_t start(int32_t range) const {
-            return std::max(int64_t(range) * kRangeKeys, begin / kTileKeys * kTileKeys);
+            return std::max<int64_t>(int64_t(range) * kRangeKeys, begin / kTileKeys * kTileKeys);
         }
         int64_t first_block(int64_t start) const {
             return std::max<int64_t>(0, begin - start) / kBlockSize * kBlockSize;
         }
 
         const int32_t* table;
-        int64_t kv_heads, kv_head, block_values;
-        int64_t first_position, begin, end;
+        int64_t kv_heads, kv_head, block_values, begin, end;
     };
 
     // One range of a tile's keys, from scratch, into `result`. The tile that this thread has next is null where that
@@ -348,7 +342,7 @@ class Kernel {
         auto key_block_after = [&](int64_t position, int64_t first) -> const T* {
             if (position + first < keys.end || next_tile == nullptr) return keys.block(k_cache_, position + first);
             const Keys next_keys(a_, *next_tile);
-            const int64_t start = next_keys.start(next_tile->first_range);
+            const int64_t start = next_keys.start(next_tile->first_range());
             return next_keys.block(k_cache_, start + next_keys.first_block(start) + first);
         };
         result.reset(tile.rows, padded_);
@@ -366,7 +360,7 @@ class Kernel {
                 });
             }
             for (int64_t row = 0; row < tile.rows; ++row) {
-                const int64_t position = keys.first_position + (tile.row + row) / group;
+                const int64_t position = tile.first_position + (tile.row + row) / group;
                 const int64_t hidden = std::clamp<int64_t>(a_.window_begin(position) - start, 0, kTileKeys);
                 if (a_.softcap > 0.0f) cap_row(scores + row * kTileKeys, a_.softcap);
                 soften_row(scores + row * kTileKeys, hidden, std::min<int64_t>(position + 1 - start, num_keys), padded_,
@@ -431,11 +425,12 @@ AttentionPlan::AttentionPlan(const AttentionBatch& batch) : batch(batch) {
         const int64_t first_position = batch.seq_lens[b] - queries;
         for (int32_t head = 0; head < batch.kv_heads; ++head) {
             for (int64_t row = 0; row < rows; row += kTileRows) {
-                int64_t count = std::min<int64_t>(kTileRows, rows - row);
-                int64_t keys = first_position + (row + count - 1) / group + 1;
-                tiles.push_back({b, head, int32_t(row), int32_t(count),
-                                 int32_t(batch.window_begin(first_position + row / group) / kRangeKeys),
-                                 int32_t((keys + kRangeKeys - 1) / kRangeKeys)});
+                const int64_t count = std::min<int64_t>(kTileRows, rows - row);
+                // The first row sees the earliest keys, the last row the latest ones.
+                const int64_t begin = batch.window_begin(first_position + row / group);
+                const int64_t end = first_position + (row + count - 1) / group + 1;
+                tiles.push_back({b, head, int32_t(row), int32_t(count), int32_t(first_position), int32_t(begin),
+                                 int32_t(end)});
                 most_ranges = std::max<int64_t>(most_ranges, tiles.back().num_ranges());
                 work += count * tiles.back().num_ranges();
             }
@@ -444,7 +439,7 @@ AttentionPlan::AttentionPlan(const AttentionBatch& batch) : batch(batch) {
     if (most_ranges == 1 || int64_t(tiles.size()) >= 4 * num_threads()) return;
     for (int64_t i = 0; i < int64_t(tiles.size()); ++i) {
         first_item.push_back(int64_t(items.size()));
-        for (int32_t range = tiles[i].first_range; range < tiles[i].end_range; ++range) items.push_back({i, range});
+        for (int32_t range = tiles[i].first_range(); range < tiles[i].end_range(); ++range) items.push_back({i, range});
     }
     partials.resize(items.size() * softmax_floats(padded(batch.head_dim)));
 }

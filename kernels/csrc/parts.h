@@ -61,13 +61,19 @@ struct AttentionBatch {
     int64_t window_begin(int64_t position) const { return std::max<int64_t>(0, position + 1 - window); }
 };
 
+// Keys that one thread works on at a time.
+constexpr int32_t kRangeKeys = 512;
+
 // The work of one tile: rows [row, row + rows) of sequence and KV head. Row r is the sequence's query
 // r / group, in the head's r % group-th query head.
 struct AttentionTile {
     int32_t sequence, kv_head, row, rows;
-    int32_t first_range, end_range;  // the ranges of keys that any of its rows sees
+    int32_t first_position;  // of the sequence's queries
+    int32_t begin, end;      // the keys that any of its rows sees
 
-    int32_t num_ranges() const { return end_range - first_range; }
+    int32_t first_range() const { return begin / kRangeKeys; }
+    int32_t end_range() const { return (end + kRangeKeys - 1) / kRangeKeys; }
+    int32_t num_ranges() const { return end_range() - first_range(); }
 };
 
 // How a batch's attention is divided among threads.
