@@ -137,7 +137,7 @@ class EngineConfig:
     trace: str | None = option(
         None,
         "a file to write every step to, as Chrome trace events: ui.perfetto.dev shows it, minivllm trace "
-        "summary explains it; what it held is lost (default: none)",
+        "summary explains it; what it held is kept as FILE.old (default: none)",
     )
 
     debug_routes: bool = option(

@@ -2,7 +2,8 @@
 
 It is a JSON array, one event a line, without its closing bracket: viewers don't ask for one, and a file
 whose engine was killed is as good as any other. Every step is on disk, or with the operating system, when
-the next one begins.
+the next one begins. What a file of that name held is kept as ``FILE.old``: where an engine died and another
+took its place, that is the trace of its death.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from dataclasses import fields
 from datetime import datetime, timezone
 from typing import Any, BinaryIO
@@ -48,6 +50,8 @@ class TraceWriter:
         self._spans = RequestSpans()
         self._track_ends = {ENGINE_TID: 0, NEXT_TID: 0}
         try:
+            if os.path.isfile(path) and os.path.getsize(path) > 0:
+                os.replace(path, f"{path}.old")
             self._file = open(path, "wb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise StartupError(f"can't write --trace {path}: {error.strerror}") from None

@@ -339,6 +339,22 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(
     assert [record.number for record in TraceReader(str(tmp_path / "trace.json"))] == [1]
 
 
+def test_what_the_file_held_is_kept(tmp_path: Path) -> None:
+    """An engine that takes a dead one's place leaves its trace alone; one that couldn't start has none."""
+    path, old = tmp_path / "trace.json", tmp_path / "trace.json.old"
+    TraceWriter(str(path))
+    TraceWriter(str(path))
+    assert not old.exists()
+    path.write_bytes(b"the first")
+    TraceWriter(str(path))
+    assert (path.read_bytes(), old.read_bytes()) == (b"", b"the first")
+    TraceWriter(str(path))
+    assert old.read_bytes() == b"the first"
+    path.write_bytes(b"the second")
+    TraceWriter(str(path))
+    assert old.read_bytes() == b"the second"
+
+
 @pytest.mark.parametrize("path", ["/nowhere/trace.json", "/dev/full", "."])
 def test_a_path_that_cannot_be_written(tmp_path: Path, path: str) -> None:
     model = write_tiny_model(tmp_path)
