@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from minivllm.completion import CompletionDelta, CompletionStream
@@ -38,6 +38,8 @@ class LLM:
         self.tokenizer = load_tokenizer(files)
         self.engine = build_engine(config, files)
         self._request_ids = map(str, itertools.count())
+        self._inboxes: dict[str, list[EngineEvent]] = {}
+        """Where each unfinished request's events go: to its call. Several streams may be under way."""
 
     def generate(
         self,
@@ -74,19 +76,25 @@ class LLM:
             [CompletionStream(self.tokenizer, ids, sampling, index) for index in range(sampling.n)]
             for ids, sampling in zip(encoded, params, strict=True)
         ]
-        requests: dict[str, CompletionStream] = {}
+        unfinished: dict[str, CompletionStream] = {}
+        inbox: list[EngineEvent] = []
         try:
             for ids, sampling, samples in zip(encoded, params, streams, strict=True):
                 for index, stream in enumerate(samples):
-                    request_id = next(self._request_ids)
-                    self.engine.add(request_id, ids, sampling.for_sample(index))
-                    requests[request_id] = stream
-            with tqdm(total=len(requests), desc="answers", unit="answer", disable=not use_tqdm) as bar:
-                for _ in self._run(requests):
-                    bar.update()
+                    unfinished[self._add(ids, sampling.for_sample(index), inbox)] = stream
+            with tqdm(total=len(unfinished), desc="answers", unit="answer", disable=not use_tqdm) as bar:
+                while unfinished:
+                    for event in self._next_events(inbox):
+                        if event.request_id not in unfinished:
+                            continue
+                        unfinished[event.request_id].push(event)
+                        if unfinished[event.request_id].is_finished:
+                            del unfinished[event.request_id]
+                            self._end(event.request_id)
+                            bar.update()
         finally:
-            for request_id in requests:
-                self.engine.abort(request_id)  # nothing, unless this is left early
+            for request_id in unfinished:  # none, unless this is left early
+                self._end(request_id)
         return [
             RequestOutput(
                 prompt if isinstance(prompt, str) else None, ids, [stream.output for stream in samples]
@@ -109,43 +117,56 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams
     ) -> Generator[CompletionDelta, None, None]:
-        """Complete one prompt, yielding its text as it grows. Leaving the iterator aborts the request."""
+        """Complete one prompt, yielding its text as it grows. Leaving the iterator aborts the request.
+
+        Raises:
+            InvalidRequestError: the prompt or a parameter can't be served, or ``n`` isn't 1.
+            RequestFailedError: a step raised.
+        """
+        if sampling_params.n != 1:
+            raise InvalidRequestError(f"n must be 1 for a stream, got {sampling_params.n}", param="n")
         ids = self._encode(prompt)
         check_request(ids, sampling_params, self.engine.info)
         stream = CompletionStream(self.tokenizer, ids, sampling_params)
-        request_id = next(self._request_ids)
-        self.engine.add(request_id, ids, sampling_params)
+        inbox: list[EngineEvent] = []
+        request_id = self._add(ids, sampling_params, inbox)
         try:
             while not stream.is_finished:
-                for event in self.engine.step():
-                    if event.request_id == request_id:
-                        _raise_if_failed(event)
+                for event in self._next_events(inbox):
+                    if not stream.is_finished:
                         yield stream.push(event)
         finally:
-            self.engine.abort(request_id)
+            self._end(request_id)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _run(self, requests: dict[str, CompletionStream]) -> Iterator[CompletionStream]:
-        """Step until all have ended; yields each as it ends."""
-        while self.engine.has_work:
+    def _add(self, ids: list[int], sampling: SamplingParams, inbox: list[EngineEvent]) -> str:
+        """Start a request whose events go to ``inbox``; returns its id."""
+        request_id = next(self._request_ids)
+        self.engine.add(request_id, ids, sampling)
+        self._inboxes[request_id] = inbox
+        return request_id
+
+    def _end(self, request_id: str) -> None:
+        """Forget a request, and abort it if the engine doesn't know yet that it has ended."""
+        if self._inboxes.pop(request_id, None) is not None:
+            self.engine.abort(request_id)
+
+    def _next_events(self, inbox: list[EngineEvent]) -> list[EngineEvent]:
+        """Empty ``inbox``; if nothing is in there, take a step first, and give all calls what is theirs."""
+        if not inbox:
             for event in self.engine.step():
-                stream = requests.get(event.request_id)
-                if stream is None or stream.is_finished:
-                    continue
-                _raise_if_failed(event)
-                stream.push(event)
-                if stream.is_finished:
-                    self.engine.abort(event.request_id)  # a stop string: the engine doesn't know yet
-                    yield stream
+                if event.request_id in self._inboxes:
+                    self._inboxes[event.request_id].append(event)
+        events = inbox.copy()
+        inbox.clear()
+        for event in events:
+            if event.finish_reason is FinishReason.ERROR:
+                raise RequestFailedError(f"the engine failed on this request: {event.error}")
+        return events
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
     return [prompts] if is_single else list(prompts)  # type: ignore[list-item, arg-type]
-
-
-def _raise_if_failed(event: EngineEvent) -> None:
-    if event.finish_reason is FinishReason.ERROR:
-        raise RequestFailedError(f"the engine failed on this request: {event.error}")

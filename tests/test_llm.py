@@ -95,6 +95,21 @@ def test_streaming_and_leaving_early(llm: LLM) -> None:
     assert text == whole[0].outputs[0].text
 
 
+def test_streams_beside_each_other(llm: LLM) -> None:
+    """Whoever takes the next step of the engine, each call gets what is its own."""
+    prompts = ["Once upon a time", "1, 2, 3,", "The capital of France is"]
+    want = [output.outputs[0] for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    first, second = llm.stream(prompts[0], GREEDY), llm.stream(prompts[1], GREEDY)
+    texts = [next(first).text, next(second).text]
+    third = llm.generate(prompts[2], GREEDY, use_tqdm=False)[0].outputs[0]
+    texts[1] += "".join(delta.text for delta in second)
+    texts[0] += "".join(delta.text for delta in first)
+    assert texts == [want[0].text, want[1].text]
+    assert third.token_ids == want[2].token_ids
+    with pytest.raises(InvalidRequestError, match="n must be 1 for a stream, got 2"):
+        next(llm.stream("x", SamplingParams(n=2)))
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "error"),
     [
