@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -32,6 +33,9 @@ from minivllm.server.tls import check_tls
 from minivllm.terminal import configure_logging
 from minivllm.tokenizer.load import load_tokenizer
 from minivllm.weights.files import resolve_model
+
+if TYPE_CHECKING:
+    from minivllm.server.admission import WaitingRoom
 
 logger = logging.getLogger("minivllm.serve")  # __name__ may be "__main__" here
 
@@ -94,6 +98,7 @@ async def serve(
         engine = await SupervisedEngine.spawn()
         try:
             # Imported while the engine process imports torch: it takes half a second.
+            from minivllm.server.admission import WaitingRoom
             from minivllm.server.app import create_app
             from minivllm.server.context import ServerState
             from minivllm.server.debug import RecentSteps
@@ -114,7 +119,7 @@ async def serve(
                     stall_timeout=server_config.engine_stall_timeout,
                 ),
             )
-            state = ServerState()
+            state, room = ServerState(), WaitingRoom.of(server_config)
             name = server_config.served_model_name or files.name
             metrics = ServerMetrics(
                 server_config.metrics_prefix,
@@ -136,6 +141,7 @@ async def serve(
                 state,
                 api_keys,
                 metrics=metrics,
+                room=room,
                 on_request_end=observers,
                 recent_steps=recent_steps,
             )
@@ -153,7 +159,7 @@ async def serve(
             await signals.wait_for_stop()
 
             state.is_draining = True
-            await _drain(engine, server_config.shutdown_timeout)
+            await _drain(room, engine, server_config.shutdown_timeout)
             http.should_exit = True
             await serving
         finally:
@@ -174,15 +180,15 @@ def _observers(config: ServerConfig) -> Iterator[list[OnRequestEnd]]:
         yield observers
 
 
-async def _drain(engine: SupervisedEngine, timeout: float) -> None:
-    """Let running requests finish; after ``timeout`` seconds, end them with an error."""
-    logger.info("stopping: %d requests have up to %g s to finish", engine.num_requests, timeout)
-    if engine.num_requests == 0:  # with a timeout of 0, wait_for doesn't look
+async def _drain(room: WaitingRoom, engine: SupervisedEngine, timeout: float) -> None:
+    """Let the requests that have come finish; after ``timeout`` seconds, end them with an error."""
+    logger.info("stopping: %d requests have up to %g s to finish", room.num_requests, timeout)
+    if room.num_requests == 0:  # with a timeout of 0, wait_for doesn't look
         return
     try:
-        await asyncio.wait_for(engine.wait_until_idle(), timeout)
+        await asyncio.wait_for(room.wait_until_empty(), timeout)
     except asyncio.TimeoutError:
-        logger.warning("%d requests did not finish in time", engine.num_requests)
+        logger.warning("%d requests did not finish in time", room.num_requests)
         await engine.close()
 
 

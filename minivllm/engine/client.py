@@ -62,8 +62,6 @@ class EngineClient:
         self._requests.set_hwm(0)
         self._requests.connect(f"ipc://{directory}/requests")
         self._queues: dict[str, asyncio.Queue[EngineEvent | MinivllmError]] = {}
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
         self._stats = EngineStats.of_nothing()
         self._last_sign = 0.0  # when it made a step, or got work while it had none
         self._fault: str | None = None  # for which it was killed
@@ -176,10 +174,6 @@ class EngineClient:
         """Requests that have not ended."""
         return len(self._queues)
 
-    async def wait_until_idle(self) -> None:
-        """Return when no request is left."""
-        await self._is_idle.wait()
-
     @property
     def stats(self) -> EngineStats:
         """The engine's counts after its last step."""
@@ -209,7 +203,6 @@ class EngineClient:
         if not self._queues:
             self._last_sign = time.monotonic()
         self._queues[request_id] = queue
-        self._is_idle.clear()
         self._send(messages.AddRequest(request_id, prompt_token_ids, sampling, terms))
         is_finished = False
         try:
@@ -226,8 +219,6 @@ class EngineClient:
                 yield event
         finally:
             del self._queues[request_id]
-            if not self._queues:
-                self._is_idle.set()
             if not is_finished and self.is_alive:
                 self._send(messages.AbortRequest(request_id))
 

@@ -101,15 +101,6 @@ class SupervisedEngine:
         """The engine's counts after its last step; those since start-up begin anew with each process."""
         return self._client.stats
 
-    @property
-    def num_requests(self) -> int:
-        """Requests that have not ended."""
-        return self._client.num_requests
-
-    async def wait_until_idle(self) -> None:
-        """Return when no request is left."""
-        await self._client.wait_until_idle()
-
     def generate(
         self,
         request_id: str,

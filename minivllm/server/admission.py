@@ -6,6 +6,7 @@ through; it waits until the engine has begun with its prompt.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from minivllm.config import ServerConfig
 from minivllm.errors import OverloadedError
 from minivllm.server.errors import error_response
 from minivllm.server.rate_limit import TokenRateLimit
@@ -88,9 +90,16 @@ class WaitingRoom:
         """Requests that weren't let in."""
         self._clock = clock
         self._tickets: dict[Ticket, None] = {}
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
         self._num_entered = 0
         self._starts: deque[tuple[float, float]] = deque(maxlen=256)
         """When the engine began with somebody, and after how many seconds at the head of the queue."""
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> WaitingRoom:
+        """One with the limits that ``config`` has."""
+        return cls(config.max_waiting_requests, config.max_waiting_tokens)
 
     def enter(self) -> Ticket:
         """Count one more. Raises OverloadedError where too many wait; always :meth:`leave` otherwise."""
@@ -104,11 +113,23 @@ class WaitingRoom:
         ticket = Ticket(self, self._num_entered, self._clock())
         self._num_entered += 1
         self._tickets[ticket] = None
+        self._is_empty.clear()
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
         """Its answer has ended, one way or another."""
         del self._tickets[ticket]
+        if not self._tickets:
+            self._is_empty.set()
+
+    @property
+    def num_requests(self) -> int:
+        """Those that are being answered, from their arrival to the end of their answers."""
+        return len(self._tickets)
+
+    async def wait_until_empty(self) -> None:
+        """Return when none is left."""
+        await self._is_empty.wait()
 
     def waiting(self) -> list[Ticket]:
         """Those whom the engine hasn't begun with, the next one first."""

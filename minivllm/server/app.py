@@ -41,6 +41,7 @@ def create_app(
     api_keys: ApiKeys | None = None,
     grammars: GrammarChecker | None = None,
     metrics: ServerMetrics | None = None,
+    room: WaitingRoom | None = None,
     on_request_end: Sequence[OnRequestEnd] = (),
     recent_steps: RecentSteps | None = None,
 ) -> FastAPI:
@@ -57,12 +58,13 @@ def create_app(
             needs one.
         grammars: closed by the caller. None: one of its own, whose process ends with this one.
         metrics: told of the engine's steps by the caller. None: some of its own, that nobody tells.
+        room: where the caller sees who is being answered. None: one of its own.
         recent_steps: told of the engine's steps by the caller, for the routes under ``/debug``. None: there
             are no such routes.
         on_request_end: who else is told, with the metrics, what became of each HTTP request.
     """
     metrics = metrics or ServerMetrics(server_config.metrics_prefix, model_name, engine.info, engine.stats)
-    room = WaitingRoom(server_config.max_waiting_requests, server_config.max_waiting_tokens)
+    room = room or WaitingRoom.of(server_config)
     rate = server_config.key_tokens_per_minute
     rate_limit = None if rate is None else TokenRateLimit(rate)
     context = ServerContext(

@@ -18,7 +18,8 @@ import httpx
 import pytest
 
 from minivllm.config import ServerConfig
-from minivllm.serve import _bind
+from minivllm.serve import _bind, _drain
+from minivllm.server.admission import WaitingRoom
 from tests.serving.conftest import EMBEDDED_MODEL, Server, serving
 from tests.tiny_model import write_tiny_model
 
@@ -71,6 +72,32 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(tiny: tuple[str, ...]) 
         events = [json.loads(line[6:]) for line in running.lines if line.startswith("data: {")]
         assert events[-1]["choices"][0]["finish_reason"] == "length"
         assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("ends_in_time", [True, False])
+def test_a_drain_waits_for_who_has_arrived(ends_in_time: bool) -> None:
+    """For a request that is still being tokenised, too, though the engine doesn't know it yet."""
+
+    class Engine:
+        is_closed = False
+
+        async def close(self) -> None:
+            self.is_closed = True
+
+    async def stop() -> None:
+        room, engine = WaitingRoom(), Engine()
+        ticket = room.enter()
+        draining = asyncio.create_task(_drain(room, engine, 60 if ends_in_time else 0.01))  # type: ignore[arg-type]
+        if not ends_in_time:
+            await asyncio.wait({draining})
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert draining.done() == engine.is_closed == (not ends_in_time)
+        room.leave(ticket)
+        await draining
+        assert engine.is_closed == (not ends_in_time)
+
+    asyncio.run(stop())
 
 
 def test_shutdown_timeout_ends_what_is_left(tiny: tuple[str, ...]) -> None:
