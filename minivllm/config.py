@@ -7,9 +7,10 @@ from it, so that a setting is written down once. Values are checked in ``__post_
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_origin, get_type_hints
 
 from minivllm.errors import ConfigError
 
@@ -147,10 +148,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, setting in type(self).__dataclass_fields__.items():
-            choices, value = setting.metadata["choices"], getattr(self, name)
-            if choices is not None and value not in choices:
-                raise ConfigError(f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")
+        _check_fields(self)
         for name in (
             "max_model_len",
             "max_num_seqs",
@@ -259,6 +257,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
         self._check_origins()
@@ -311,6 +310,32 @@ PRESETS: dict[str, dict[str, Any]] = {
 def flag(name: str) -> str:
     """The command-line spelling of a setting: ``max_num_seqs`` → ``--max-num-seqs``."""
     return "--" + name.replace("_", "-")
+
+
+_KINDS = {int: "an integer", float: "a number", str: "text", bool: "True or False", tuple: "a tuple of text"}
+
+
+def _check_fields(config: Any) -> None:
+    """What a field's own declaration asks for: its type, and one of its choices.
+
+    Mutates: a path becomes text, and a size may be text, as on the command line.
+    """
+    hints = get_type_hints(type(config))
+    for item in fields(config):
+        value, hint, choices = getattr(config, item.name), hints[item.name], item.metadata["choices"]
+        kinds = (tuple,) if get_origin(hint) is tuple else get_args(hint) or (hint,)
+        if isinstance(value, os.PathLike) and str in kinds:
+            value = os.fspath(value)
+        if isinstance(value, str) and item.metadata["is_size"]:
+            value = parse_size(value)
+        object.__setattr__(config, item.name, value)
+        allowed = (*kinds, int) if float in kinds else kinds
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(_KINDS.get(kind, "None") for kind in kinds)
+            given = repr(value) if item.repr else type(value).__name__  # a secret stays one
+            raise ConfigError(f"{flag(item.name)} must be {wanted}, got {given}")
+        if choices is not None and value not in choices:
+            raise ConfigError(f"{flag(item.name)} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_at_least(name: str, value: float | None, low: float) -> None:

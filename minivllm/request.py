@@ -90,7 +90,7 @@ class SamplingParams:
     satisfied, and end the answer where it can't go on, whatever ``ignore_eos`` and ``min_tokens`` say."""
 
     def __post_init__(self) -> None:
-        # A JSON array arrives as a list: keep the fields hashable and immutable.
+        # A JSON array arrives as a list, which could be changed.
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._check_int("n", self.n, 1, MAX_N)
@@ -147,16 +147,17 @@ class SamplingParams:
         """Whether the most likely token is taken, always."""
         return self.temperature == 0.0
 
-    def for_sample(self, index: int) -> SamplingParams:
+    def for_sample(self, index: int, max_tokens: int | None = None) -> SamplingParams:
         """The parameters of one of the ``n`` completions: samples differ, and repeat when the seed does.
 
         The seed is hashed, not added: the samples of seed 1 must not turn up among those of seed 2.
+        ``max_tokens`` takes the place of its own, if it is given.
         """
         seed = self.seed
         if seed is not None and index > 0:
             digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
             seed = int.from_bytes(digest[:8], "big", signed=True)
-        return replace(self, n=1, seed=seed)
+        return replace(self, n=1, seed=seed, max_tokens=max_tokens or self.max_tokens)
 
     @staticmethod
     def _refuse(param: str, limit: str, given: Any) -> None:

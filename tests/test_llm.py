@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import minivllm
 from minivllm import LLM, FinishReason, SamplingParams
+from minivllm.config import EngineConfig, ServerConfig
 from minivllm.errors import ConfigError, ContextLengthError, InvalidRequestError, RequestFailedError
 from tests.conftest import Oracle
 
@@ -143,8 +145,22 @@ def test_a_failing_step_is_told(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_wrong_options_are_value_errors() -> None:
-    with pytest.raises(ConfigError, match="--max-num-seqs must be at least 1, got 0"):
-        LLM(max_num_seqs=0)
+    for options, message in (
+        ({"max_num_seqs": 0}, "--max-num-seqs must be at least 1, got 0"),
+        ({"max_num_seqs": "4"}, "--max-num-seqs must be an integer, got '4'"),
+        ({"max_model_len": True}, "--max-model-len must be an integer or None, got True"),
+        ({"kv_cache_memory": "1 GiBi"}, "a size is a number and a unit"),
+        ({"kv_cache_memory": 0.5}, "--kv-cache-memory must be an integer or None, got 0.5"),
+        ({"dtype": "float8"}, "--dtype must be one of auto, .*, got 'float8'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LLM(**options)
+    with pytest.raises(ConfigError, match=r"--tool-call-parser must be one of .*, got 'typo'"):
+        ServerConfig(tool_call_parser="typo")
+    with pytest.raises(ConfigError, match="--api-key must be a tuple of text, got str"):
+        ServerConfig(api_key="secret")
+    config = EngineConfig(model=Path("model.gguf"), kv_cache_memory="64MB", gpu_memory_utilization=1)
+    assert (config.model, config.kv_cache_memory) == ("model.gguf", 64 * 10**6)
     assert issubclass(ConfigError, ValueError)
     with pytest.raises(AttributeError):
         _ = minivllm.no_such_name

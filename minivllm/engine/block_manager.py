@@ -102,6 +102,9 @@ class BlockManager(ABC):
         """Take back what was committed after the first ``num_tokens`` tokens: the step didn't write it."""
         request.num_computed_tokens = num_tokens
 
+    def forget_prefixes(self) -> None:  # noqa: B027  # where nothing is shared there is nothing to forget
+        """Let nobody share what was computed until now."""
+
     @abstractmethod
     def free(self, request: Request) -> None:
         """Take a live request's blocks back and reset its table and computed tokens."""
@@ -215,6 +218,11 @@ class PagedBlockManager(BlockManager):
             if key is not None:
                 del self._block_of[key]
         request.num_shareable_blocks = min(request.num_shareable_blocks, num_full)
+
+    def forget_prefixes(self) -> None:
+        self._free += self._cached
+        for known in (self._cached, self._key_of, self._block_of):
+            known.clear()
 
     def free(self, request: Request) -> None:
         # Last block first: when space is needed, a prefix's tail goes before its head.

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
+import math
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from heapq import heappop, heappush
 from typing import NamedTuple
 
 from minivllm.config import EngineConfig
@@ -114,9 +113,10 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._compiling: dict[Request, GrammarState] = {}
         """Requests that aren't in the scheduler's queue yet, because their grammars are being compiled."""
-        self._deadlines: list[tuple[float, int, Request]] = []
-        """A heap of deadlines, with a number that settles ties; of requests that have ended, too."""
-        self._numbers = itertools.count()
+        self._deadlines: dict[Request, float] = {}
+        """Of the requests that have one."""
+        self._next_deadline = math.inf
+        """No deadline is earlier."""
         self._in_flight: deque[_Step] = deque()
         """Steps that were started and whose tokens haven't been taken in, oldest first."""
         self._num_step_tokens = 0
@@ -174,15 +174,14 @@ class Engine:
             request.grammar = self._compiling[request] = self.grammars.begin(sampling.grammar)
         self._requests[request_id] = request
         if terms.timeout is not None:
-            deadline = request.metrics.arrival_time + terms.timeout
-            heappush(self._deadlines, (deadline, next(self._numbers), request))
+            self._deadlines[request] = request.metrics.arrival_time + terms.timeout
+            self._next_deadline = min(self._next_deadline, self._deadlines[request])
 
     def abort(self, request_id: str) -> EngineEvent | None:
         """End a request now. None if it has ended already."""
-        request = self._requests.pop(request_id, None)
-        if request is None:
+        if request_id not in self._requests:
             return None
-        event = self._withdraw(request, self.scheduler.abort)
+        event = self._withdraw(self._forget(request_id), self.scheduler.abort)
         if self._recorder is not None and not self.has_work:
             self._recorder.open(self.clock(), ScheduledBatch([]), self.stats())  # no step may follow
         return event
@@ -194,7 +193,7 @@ class Engine:
         requests only.
         """
         events = self._queue_compiled()
-        if self._deadlines:
+        if self._deadlines and self._next_deadline <= self.clock():
             events += self._drop_late()
         if self._in_flight and self._in_flight[0].batch.reads_output:
             events += self._take_in()
@@ -209,8 +208,13 @@ class Engine:
             events += self._take_in()
         for event in events:
             if event.finish_reason is not None:
-                del self._requests[event.request_id]
+                self._forget(event.request_id)
         return events
+
+    def _forget(self, request_id: str) -> Request:
+        request = self._requests.pop(request_id)
+        self._deadlines.pop(request, None)
+        return request
 
     def _queue(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -235,12 +239,12 @@ class Engine:
 
     def _drop_late(self) -> list[EngineEvent]:
         """End the requests whose deadlines have passed, before anybody is evicted for them."""
-        events = []
-        while self._deadlines and self._deadlines[0][0] <= self.clock():
-            request = heappop(self._deadlines)[-1]
-            if not request.is_finished:
-                events.append(self._withdraw(request, self.scheduler.expire))
-        return events
+        now = self.clock()
+        late = [request for request, deadline in self._deadlines.items() if deadline <= now]
+        for request in late:
+            del self._deadlines[request]
+        self._next_deadline = min(self._deadlines.values(), default=math.inf)
+        return [self._withdraw(request, self.scheduler.expire) for request in late]
 
     def _withdraw(self, request: Request, end: Callable[[Request], EngineEvent]) -> EngineEvent:
         """End a request wherever it is."""

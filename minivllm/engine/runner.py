@@ -14,7 +14,7 @@ from minivllm.engine.decode_graphs import DecodeGraphs
 from minivllm.engine.grammar import Grammars
 from minivllm.engine.huge_pages import empty_in_huge_pages, touch
 from minivllm.engine.prompt_logprobs import score_prompts
-from minivllm.engine.sampler import Sample, sample
+from minivllm.engine.sampler import sample
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
 from minivllm.models.llama import Llama
 from minivllm.request import Request
@@ -63,7 +63,7 @@ class TorchRunner:
         self.graphs: DecodeGraphs | None = None
         self.eos_token_ids = eos_token_ids
         self.pool = empty_pool(model, num_blocks=num_blocks + 1, kv_dtype=kv_dtype)  # one for padding
-        self._last_sampled: Sample | None = None
+        self._last_sampled_L: torch.Tensor | None = None
         self._last_rows: dict[Request, int] = {}
 
     @torch.inference_mode()
@@ -81,19 +81,13 @@ class TorchRunner:
     def _execute(self, batch: ScheduledBatch) -> PendingTokens:
         requests = batch.sampled_requests()
         pending_mask = None if self.grammars is None else self.grammars.start_mask(requests)
-        flat = FlatBatch.build(batch, self.model.placement.device, self._last_rows)
-        if self._last_sampled is not None:
-            flat = flat.with_sampled(self._last_sampled.tokens_L)
-        if self.graphs is not None and self.graphs.can_run(batch):
-            logits_LV = self.graphs(flat)
-        else:
-            hidden_TN = self.model.hidden(flat, self.pool)
-            logits_LV = self.model.logits(hidden_TN, flat.logits_index_L)
-            score_prompts(self.model, hidden_TN, batch)
-        mask, errors = (None, {}) if pending_mask is None else pending_mask.wait()
+        try:
+            logits_LV = self._logits(batch)
+        finally:  # another try must not find threads at work on the same grammars
+            mask, errors = (None, {}) if pending_mask is None else pending_mask.wait()
         sampled = sample(logits_LV, requests, self.eos_token_ids, self.model.kernels, mask)
         if self.runs_ahead:
-            self._last_sampled = sampled
+            self._last_sampled_L = sampled.tokens_L
             self._last_rows = {request: row for row, request in enumerate(requests)}
 
         def fetch() -> list[SampledToken | None]:
@@ -104,6 +98,17 @@ class TorchRunner:
             return [next(rest) if item.is_sampled else None for item in batch.requests]
 
         return fetch
+
+    def _logits(self, batch: ScheduledBatch) -> torch.Tensor:
+        flat = FlatBatch.build(batch, self.model.placement.device, self._last_rows)
+        if self._last_sampled_L is not None:
+            flat = flat.with_sampled(self._last_sampled_L)
+        if self.graphs is not None and self.graphs.can_run(batch):
+            return self.graphs(flat)
+        hidden_TN = self.model.hidden(flat, self.pool)
+        logits_LV = self.model.logits(hidden_TN, flat.logits_index_L)
+        score_prompts(self.model, hidden_TN, batch)
+        return logits_LV
 
     def touch_pool(self) -> Iterator[int]:
         """Take the KV pool's memory from the system, a little with each step; nothing to do on a GPU."""

@@ -169,9 +169,7 @@ class Scheduler(ABC):
                 continue  # evicted a moment ago, by another in this loop; or its last token is pending
             num_tokens = min(num_known - request.num_computed_tokens, budget)
             while not grow(request, num_tokens):
-                victim = self.running.pop()
-                if victim in scheduled:
-                    budget += scheduled.pop(victim).num_tokens
+                victim = self.running.pop()  # not one of those that are scheduled: it came after them
                 evicted.append((victim, victim.num_computed_tokens))
                 self._preempt(victim)
                 if victim is request:
@@ -295,6 +293,8 @@ class Scheduler(ABC):
     def fail(self, batch: ScheduledBatch, error: str) -> list[EngineEvent]:
         """End the requests of a step that raised; nobody else is touched."""
         self._roll_back(batch)
+        # One that ended or was evicted while the step ran has left blocks there that the step didn't write.
+        self.block_manager.forget_prefixes()
         items = [item for item in batch.requests if not item.request.is_finished]
         return [self._finish(item.request, [], FinishReason.ERROR, error=error) for item in items]
 

@@ -16,6 +16,7 @@ from minivllm.tracing.lives import Lives
 from minivllm.tracing.words import life_lines
 
 MOST_STEPS = 1000
+_LISTS_OF_REQUESTS = ("arrived", "admitted", "prefills", "evicted", "ended")
 
 
 class RecentSteps:
@@ -49,7 +50,7 @@ def debug_router(steps: RecentSteps) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=MOST_STEPS)] = 100,
     ) -> dict[str, list[dict[str, Any]]]:
         """The engine's last steps: who ran and why others waited. Moments are seconds of its clock."""
-        return {"steps": [asdict(record) for record in steps.last(limit)]}
+        return {"steps": [_whole(record) for record in steps.last(limit)]}
 
     @router.get("/requests/{request_id}")
     async def request_timeline(request_id: str) -> dict[str, Any]:
@@ -79,12 +80,19 @@ def debug_router(steps: RecentSteps) -> APIRouter:
     return router
 
 
+def _whole(record: StepRecord) -> dict[str, Any]:
+    """All of a step. ``asdict`` leaves named tuples alone, whose names JSON would lose."""
+    return asdict(record) | {
+        field: [item._asdict() for item in getattr(record, field)] for field in _LISTS_OF_REQUESTS
+    }
+
+
 def _part(record: StepRecord, names: set[str]) -> Mapping[str, Any] | None:
     """What a step had to do with these requests; None for nothing."""
     decodes = {name: context for name, context in record.decodes.items() if name in names}
     lists = {
         field: [item._asdict() for item in getattr(record, field) if item.request_id in names]
-        for field in ("arrived", "admitted", "prefills", "evicted", "ended")
+        for field in _LISTS_OF_REQUESTS
     }
     if not decodes and not any(lists.values()):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from minivllm.completion import CompletionDelta, CompletionStream
 from minivllm.errors import InvalidRequestError, RequestFailedError
@@ -48,7 +48,7 @@ def make_samples(
         room = info.max_model_len - len(prompt)
         max_tokens = sampling.max_tokens or min(default_max_tokens or room, share or room, room)
         for i in range(sampling.n):
-            own = replace(sampling.for_sample(i), max_tokens=max_tokens)
+            own = sampling.for_sample(i, max_tokens)
             samples.append(Sample(len(samples), f"{request_id}-{len(samples)}", prompt, own))
     return samples
 

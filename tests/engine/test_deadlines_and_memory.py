@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
-from minivllm.request import EngineEvent, EngineInfo, FinishReason, SamplingParams, Terms
+from minivllm.request import EngineEvent, EngineInfo, FinishReason, Request, SamplingParams, Terms
 
 
 class CountingRunner:
@@ -100,6 +101,26 @@ def test_an_id_may_be_used_again_after_a_deadline_that_was_met() -> None:
     finish(engine, clock)
     engine.add("a", [1] * 20, SamplingParams(max_tokens=20))
     assert finish(engine, clock)["a"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_nothing_is_left_of_a_request_that_met_its_deadline() -> None:
+    engine = make_engine(CountingRunner(), Clock())
+    for name in ("met its deadline", "aborted"):
+        engine.add(name, [1] * 20, SamplingParams(max_tokens=2), Terms(timeout=86400.0))
+    engine.abort("aborted")
+    finish(engine)
+    gc.collect()
+    assert not [item for item in gc.get_objects() if isinstance(item, Request)]
+
+
+def test_deadlines_of_any_order() -> None:
+    clock = Clock()
+    engine = make_engine(CountingRunner(), clock)
+    for timeout in (7.5, 2.5, 5.5, 3.5, 100.0):
+        engine.add(str(timeout), [1], SamplingParams(max_tokens=20), Terms(timeout=timeout))
+    events = finish(engine, clock)
+    counts = {name: len(tokens(own)) for name, own in events.items()}
+    assert counts == {"7.5": 8, "2.5": 3, "5.5": 6, "3.5": 4, "100.0": 20}
 
 
 @pytest.mark.parametrize("kv_allocation", ["paged", "contiguous"])

@@ -15,13 +15,14 @@ import pytest
 import torch
 from minivllm_kernels import KVPool
 
+from minivllm.config import EngineConfig
 from minivllm.engine.batch import FlatBatch
 from minivllm.engine.decode_graphs import DecodeGraphs, graph_sizes
 from minivllm.engine.engine import Engine
 from minivllm.engine.profiling import compile_kernels, longest_batch
 from minivllm.engine.runner import PendingTokens, TorchRunner, empty_pool
-from minivllm.engine.scheduler import ScheduledBatch
-from minivllm.request import PENDING_TOKEN, EngineEvent, FinishReason, SamplingParams
+from minivllm.engine.scheduler import SampledToken, ScheduledBatch
+from minivllm.request import PENDING_TOKEN, EngineEvent, EngineInfo, FinishReason, SamplingParams
 from tests.conftest import run_all
 from tests.tiny_model import VOCAB_SIZE
 
@@ -158,6 +159,50 @@ def test_abort_while_its_step_runs(make_tiny_engine: MakeEngine) -> None:
             events[event.request_id] += len(event.new_token_ids)
         engine.check_integrity()
     assert events == {"a": 2, "b": 4}
+
+
+class LosingRunner:
+    """Whose first step fails when its tokens are asked for."""
+
+    runs_ahead = True
+    num_steps = 0
+
+    def execute(self, batch: ScheduledBatch) -> PendingTokens:
+        self.num_steps += 1
+        if self.num_steps == 1:
+            return self.fail
+        tokens = [SampledToken(5) if item.is_sampled else None for item in batch.requests]
+        return lambda: tokens
+
+    def fail(self) -> list[SampledToken | None]:
+        raise RuntimeError("the device is gone")
+
+
+@pytest.mark.parametrize("is_aborted", [True, False])
+def test_what_a_lost_step_did_not_write_is_shared_with_nobody(is_aborted: bool) -> None:
+    """Not even where its request ended, and gave its blocks back, before anybody knew."""
+    engine = Engine(
+        EngineConfig(),
+        LosingRunner(),
+        EngineInfo(max_model_len=512, vocab_size=100),
+        num_blocks=20,
+        max_num_batched_tokens=128,
+        eos_token_ids=frozenset(),
+    )
+    prompt, params = [1] * 40, SamplingParams(max_tokens=2)
+    engine.add("lost", prompt, params)
+    engine.step()
+    if is_aborted:
+        engine.abort("lost")
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+    for num_hits in (0, 32):
+        engine.add("again", prompt, params)
+        while engine.has_work:
+            engine.step()
+            engine.check_integrity()
+        assert engine.block_manager.num_hit_tokens == num_hits
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 50, 256, 1000])

@@ -35,6 +35,7 @@ def test_a_request_s_timeline(tmp_path: Path) -> None:
             assert sorted(decodes) == sorted([*range(40, 45)] * 2)
         steps = client.get("/debug/steps", params={"limit": 1000}).json()["steps"]
         assert [step["number"] for step in steps] == list(range(1, len(steps) + 1))
+        assert sum(item["num_tokens"] for step in steps for item in step["prefills"]) == 40 + 8 + 3
         assert client.get("/debug/steps", params={"limit": 2}).json()["steps"] == steps[-2:]
         assert client.get("/debug/steps", params={"limit": 1001}).status_code == 400
         unknown = client.get("/debug/requests/nobody")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
+import torch
 from llguidance import LLMatcher
 
 from minivllm.engine.engine import Engine
-from minivllm.engine.grammar import Grammars
+from minivllm.engine.grammar import Grammars, GrammarState
+from minivllm.engine.runner import TorchRunner
 from minivllm.errors import InvalidRequestError
 from minivllm.request import FinishReason, SamplingParams, TokenLogprob
 from minivllm.structured import (
@@ -91,6 +95,40 @@ def mixed_load(tokenizer: Tokenizer) -> tuple[list[list[int]], list[SamplingPara
 @pytest.fixture(scope="module")
 def mixed_answers(make: MakeEngine, tokenizer: Tokenizer) -> list[Answer]:
     return run(make(enable_prefix_caching=False), *mixed_load(tokenizer))
+
+
+def test_no_mask_is_left_behind_by_a_step_that_does_not_fit(
+    make: MakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is tried again, and two threads must not follow one grammar at once."""
+    engine = make()
+    runner = engine.runner
+    assert isinstance(runner, TorchRunner)
+    has_raised, num_at_work, most_at_work = threading.Event(), 0, 0
+    hidden, fill_mask = runner.model.hidden, GrammarState.fill_mask
+
+    def raise_once(*args: Any) -> torch.Tensor:
+        if not has_raised.is_set():
+            has_raised.set()
+            raise torch.OutOfMemoryError("the card is full.")
+        return hidden(*args)
+
+    def fill_slowly(self: GrammarState, *args: Any) -> str | None:
+        nonlocal num_at_work, most_at_work
+        num_at_work += 1
+        most_at_work = max(most_at_work, num_at_work)
+        has_raised.wait()
+        time.sleep(0.1)  # the next step would come by
+        num_at_work -= 1
+        return fill_mask(self, *args)
+
+    monkeypatch.setattr(runner.grammars, "_num_maskers", 2)
+    monkeypatch.setattr(runner.model, "hidden", raise_once)
+    monkeypatch.setattr(GrammarState, "fill_mask", fill_slowly)
+    sampling = SamplingParams(max_tokens=3, seed=1, grammar=grammar_from_regex("[a-z]{20}"))
+    (answer,) = run(engine, [prompt_for(tokenizer, "a word")], [sampling])
+    assert (answer.reason, len(answer.token_ids)) == (FinishReason.LENGTH, 3)
+    assert most_at_work == 1
 
 
 def test_answers_satisfy_their_schemas(make: MakeEngine, tokenizer: Tokenizer) -> None:
