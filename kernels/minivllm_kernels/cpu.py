@@ -66,7 +66,7 @@ class CppBackend(KernelBackend):
         self._linear(
             x_TN.data_ptr(),
             *weight.arguments,
-            address(bias, weight.rows),
+            address("bias", bias, (weight.rows,)),
             out.data_ptr(),
             x_TN.shape[0],
         )
@@ -88,11 +88,11 @@ class CppBackend(KernelBackend):
         out = torch.empty(num_tokens, weight.rows)
         self._rms_norm_linear(
             x_TN.data_ptr(),
-            _residual(x_TN, residual_TN),  # the sum goes there, too: no second stretch of memory
-            address(norm_weight_N, weight.columns),
+            address("residual_TN", residual_TN, tuple(x_TN.shape)),  # gets the sum
+            address("norm_weight_N", norm_weight_N, (weight.columns,)),
             eps,
             *weight.arguments,
-            address(bias, weight.rows),
+            address("bias", bias, (weight.rows,)),
             out.data_ptr(),
             num_tokens,
         )
@@ -102,22 +102,22 @@ class CppBackend(KernelBackend):
         if not isinstance(weight, PackedWeight):
             return weight[ids_T]
         out = torch.empty(ids_T.shape[0], weight.columns)
-        ids_T = ids_T.contiguous()
+        ids = address("ids_T", ids_T, (len(ids_T),), torch.int64)
         blocks, bits, _, columns = weight.arguments
-        self._embedding(ids_T.data_ptr(), blocks, bits, columns, out.data_ptr(), len(ids_T))
+        self._embedding(ids, blocks, bits, columns, out.data_ptr(), len(ids_T))
         return out
 
     def rms_norm(
         self, x_TN: torch.Tensor, weight_N: torch.Tensor, eps: float, residual_TN: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x_TN = _rows("x_TN", x_TN, x_TN.shape[-1])
-        residual = _residual(x_TN, residual_TN)
+        residual = address("residual_TN", residual_TN, tuple(x_TN.shape))
         sum_TN = torch.empty_like(x_TN) if residual else x_TN
         normed_TN = torch.empty_like(x_TN)
         self._rms_norm(
             x_TN.data_ptr(),
             residual,
-            address(weight_N, x_TN.shape[1]),
+            address("weight_N", weight_N, (x_TN.shape[1],)),
             eps,
             normed_TN.data_ptr(),
             sum_TN.data_ptr() if residual else 0,
@@ -136,10 +136,9 @@ class CppBackend(KernelBackend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tokens, num_pairs = len(positions_T), len(frequencies_F)
         cos_TF, sin_TF = torch.empty(2, num_tokens, num_pairs)
-        positions_T = positions_T.contiguous()
         self._rotary(
-            address(frequencies_F, num_pairs),
-            positions_T.data_ptr(),
+            address("frequencies_F", frequencies_F, (num_pairs,)),
+            address("positions_T", positions_T, (num_tokens,), torch.int64),
             cos_TF.data_ptr(),
             sin_TF.data_ptr(),
             num_tokens,
@@ -157,24 +156,17 @@ class CppBackend(KernelBackend):
         slots_T: torch.Tensor,
     ) -> None:
         num_tokens, num_heads, head_dim = heads_TAD.shape
-        if heads_TAD.dtype != torch.float32 or not heads_TAD.is_contiguous() or head_dim > _MAX_HEAD_DIM:
-            raise ValueError(
-                f"heads_TAD must be contiguous float32 with D at most {_MAX_HEAD_DIM}, "
-                f"got {heads_TAD.dtype} {tuple(heads_TAD.shape)}"
-            )
-        for name, angles in (("cos_TF", cos_TF), ("sin_TF", sin_TF)):
-            if angles.shape != (num_tokens, head_dim // 2) or not angles.is_contiguous():
-                raise ValueError(
-                    f"{name} must be contiguous [{num_tokens}, {head_dim // 2}], got {tuple(angles.shape)}"
-                )
+        if head_dim > _MAX_HEAD_DIM:
+            raise ValueError(f"heads_TAD: D must be at most {_MAX_HEAD_DIM}, got {head_dim}")
+        angles_shape, cache_shape = (num_tokens, head_dim // 2), tuple(k_cache_PKSD.shape)
         self._rope_and_write_kv(
-            heads_TAD.data_ptr(),
-            cos_TF.data_ptr(),
-            sin_TF.data_ptr(),
-            k_cache_PKSD.data_ptr(),
-            v_cache_PKSD.data_ptr(),
+            address("heads_TAD", heads_TAD, (num_tokens, num_heads, head_dim)),
+            address("cos_TF", cos_TF, angles_shape),
+            address("sin_TF", sin_TF, angles_shape),
+            address("k_cache_PKSD", k_cache_PKSD, cache_shape, k_cache_PKSD.dtype),
+            address("v_cache_PKSD", v_cache_PKSD, cache_shape, k_cache_PKSD.dtype),
             _kv_type(k_cache_PKSD.dtype),
-            slots_T.data_ptr(),
+            address("slots_T", slots_T, (num_tokens,), torch.int64),
             num_tokens,
             num_heads,
             k_cache_PKSD.shape[1],
@@ -207,19 +199,18 @@ class CppBackend(KernelBackend):
             softcap=softcap,
         )
         num_heads, head_dim = q_THD.shape[1:]
-        num_kv_heads = k_cache_PKSD.shape[1]
+        num_seqs, num_kv_heads = len(seq_lens_B), k_cache_PKSD.shape[1]
         q_stride, out_stride = _token_stride("q_THD", q_THD), _token_stride("out_THD", out_THD)
         self._paged_attention(
             q_THD.data_ptr(),
             q_stride,
-            k_cache_PKSD.data_ptr(),
-            v_cache_PKSD.data_ptr(),
+            address("k_cache_PKSD", k_cache_PKSD, tuple(k_cache_PKSD.shape), k_cache_PKSD.dtype),
+            address("v_cache_PKSD", v_cache_PKSD, tuple(k_cache_PKSD.shape), k_cache_PKSD.dtype),
             _kv_type(k_cache_PKSD.dtype),
-            block_tables_BM.data_ptr(),
-            block_tables_BM.stride(0),
-            seq_lens_B.data_ptr(),
-            query_start_B1.data_ptr(),
-            len(seq_lens_B),
+            *_tables(block_tables_BM, num_seqs),
+            address("seq_lens_B", seq_lens_B, (num_seqs,), torch.int32),
+            address("query_start_B1", query_start_B1, (num_seqs + 1,), torch.int32),
+            num_seqs,
             num_heads,
             num_kv_heads,
             head_dim,
@@ -252,7 +243,7 @@ class CppBackend(KernelBackend):
                 x_TN, weights, pool, frequencies_F, positions_T, slots_T, block_tables_BM, seq_lens_B,
                 query_start_B1, eps=eps, scale=scale, sliding_window=sliding_window,
             )  # fmt: skip
-        (cache_shape, kv_dtype), (hidden_size, qkv_rows, q_rows, inner_size) = pool.kind, weights.sizes
+        (cache_shape, kv_dtype), (hidden_size, qkv_rows, q_rows, inner_size) = pool.layout, weights.sizes
         _, num_kv_heads, block_size, head_dim = cache_shape
         x_TN = _rows("x_TN", x_TN, hidden_size)
         num_tokens, num_seqs = x_TN.shape[0], seq_lens_B.shape[0]
@@ -262,20 +253,14 @@ class CppBackend(KernelBackend):
             and q_rows % (num_kv_heads * head_dim) == 0
             and block_size == BLOCK_SIZE
             and head_dim <= _MAX_HEAD_DIM
-            and frequencies_F.shape == (head_dim // 2,)
-            and positions_T.shape == slots_T.shape == (num_tokens,)
-            and block_tables_BM.shape[:-1] == (num_seqs,)
-            and query_start_B1.shape == (num_seqs + 1,)
-            and block_tables_BM.dtype == seq_lens_B.dtype == query_start_B1.dtype == torch.int32
         ):
             raise ValueError(
-                f"decoder_layers: {num_tokens} tokens of {num_seqs} sequences, {len(weights.layers)} layers "
-                f"with qkv of {qkv_rows} rows and o of {q_rows} columns, {len(pool.layers)} caches "
-                f"{tuple(cache_shape)}, or int32 tables, don't fit together"
+                f"decoder_layers: {len(weights.layers)} layers with qkv of {qkv_rows} rows and o of {q_rows} "
+                f"columns and {len(pool.layers)} caches {tuple(cache_shape)} don't fit together"
             )
         self._decoder_layers(
-            weights.table.buffer_info()[0],
-            pool.table.buffer_info()[0],
+            weights.addresses.buffer_info()[0],
+            pool.addresses.buffer_info()[0],
             len(weights.layers),
             x_TN.data_ptr(),
             num_tokens,
@@ -285,14 +270,13 @@ class CppBackend(KernelBackend):
             num_kv_heads,
             head_dim,
             eps,
-            frequencies_F.data_ptr(),
-            positions_T.data_ptr(),
+            address("frequencies_F", frequencies_F, (head_dim // 2,)),
+            address("positions_T", positions_T, (num_tokens,), torch.int64),
             _kv_type(kv_dtype),
-            slots_T.data_ptr(),
-            block_tables_BM.data_ptr(),
-            block_tables_BM.stride(0),
-            seq_lens_B.data_ptr(),
-            query_start_B1.data_ptr(),
+            address("slots_T", slots_T, (num_tokens,), torch.int64),
+            *_tables(block_tables_BM, num_seqs),
+            address("seq_lens_B", seq_lens_B, (num_seqs,), torch.int32),
+            address("query_start_B1", query_start_B1, (num_seqs + 1,), torch.int32),
             num_seqs,
             scale,
             _NO_WINDOW if sliding_window is None else min(sliding_window, _NO_WINDOW),
@@ -313,10 +297,10 @@ class CppBackend(KernelBackend):
         self._keep_likely(
             scores_LV.data_ptr(),
             scores_LV.stride(0),
-            address(temperature_L, num_rows),
-            address(min_p_L, num_rows),
-            address(top_k_L, num_rows),
-            address(top_p_L, num_rows),
+            address("temperature_L", temperature_L, (num_rows,)),
+            address("min_p_L", min_p_L, (num_rows,)),
+            address("top_k_L", top_k_L, (num_rows,)),
+            address("top_p_L", top_p_L, (num_rows,)),
             kept_LV.data_ptr(),
             num_rows,
             vocab_size,
@@ -331,13 +315,14 @@ class CppBackend(KernelBackend):
     ) -> torch.Tensor:
         scores_LV = _scores(scores_LV)
         num_rows, vocab_size = scores_LV.shape
-        keys_L2 = None if keys_L2 is None else keys_L2.contiguous()
+        if temperature_L is not None and keys_L2 is None:
+            raise ValueError("keys_L2 must be given where temperature_L is")
         tokens_L = torch.empty(num_rows, dtype=torch.int64)
         self._draw(
             scores_LV.data_ptr(),
             scores_LV.stride(0),
-            address(temperature_L, num_rows),
-            0 if keys_L2 is None else keys_L2.data_ptr(),
+            address("temperature_L", temperature_L, (num_rows,)),
+            address("keys_L2", keys_L2, (num_rows, 2), torch.int32),
             tokens_L.data_ptr(),
             num_rows,
             vocab_size,
@@ -382,17 +367,15 @@ def _kv_type(dtype: torch.dtype) -> int:
     return _KV_TYPES[dtype]
 
 
-def _residual(x_TN: torch.Tensor, residual_TN: torch.Tensor | None) -> int:
-    """The residual's address, or 0 for none."""
-    if residual_TN is None:
-        return 0
+def _tables(block_tables_BM: torch.Tensor, num_seqs: int) -> tuple[int, int]:
+    """Address and stride of block tables whose rows may be apart."""
     if (
-        residual_TN.shape != x_TN.shape
-        or residual_TN.dtype != torch.float32
-        or not residual_TN.is_contiguous()
+        block_tables_BM.dtype != torch.int32
+        or block_tables_BM.shape[:-1] != (num_seqs,)
+        or block_tables_BM.stride(1) != 1
     ):
         raise ValueError(
-            f"residual_TN must be contiguous float32 {tuple(x_TN.shape)}, "
-            f"got {residual_TN.dtype} {tuple(residual_TN.shape)}"
+            f"block_tables_BM must be int32 [{num_seqs}, M] with contiguous rows, "
+            f"got {block_tables_BM.dtype} {tuple(block_tables_BM.shape)}"
         )
-    return residual_TN.data_ptr()
+    return block_tables_BM.data_ptr(), block_tables_BM.stride(0)

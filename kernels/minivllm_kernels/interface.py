@@ -325,6 +325,7 @@ def _name_the_fault(
     ):
         if tensor.dtype != dtype:
             raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    raise AssertionError("check_paged_attention and this don't agree")
 
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:

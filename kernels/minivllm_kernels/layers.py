@@ -18,7 +18,10 @@ Weight = torch.Tensor | PackedWeight
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """Everything that one layer multiplies with; biases may be missing. Tensors stay where they are."""
+    """Everything that one layer multiplies with; biases may be missing.
+
+    Addresses are worked out when they are first needed: fill tensors in place, never replace them.
+    """
 
     attention_norm_N: torch.Tensor
     qkv: Weight
@@ -56,31 +59,27 @@ class LayerWeights:
     @cached_property
     def arguments(self) -> list[int]:
         """What the C++ kernels take for it, if it is packed: ``Layer`` of layers.cpp."""
-        hidden_size = self.sizes[0]
+        norm_shape = (self.sizes[0],)
         row = [
-            address(self.attention_norm_N, hidden_size),
-            address(self.mlp_norm_N, hidden_size),
+            address("attention_norm_N", self.attention_norm_N, norm_shape),
+            address("mlp_norm_N", self.mlp_norm_N, norm_shape),
         ]
-        for weight, bias in (
-            (self.qkv, self.qkv_bias),
-            (self.o, self.o_bias),
-            (self.gate_up, self.gate_up_bias),
-            (self.down, self.down_bias),
-        ):
+        for name in ("qkv", "o", "gate_up", "down"):
+            weight = getattr(self, name)
             assert isinstance(weight, PackedWeight)
-            row += *weight.arguments, address(bias, weight.rows)
+            row += *weight.arguments, address(f"{name}_bias", getattr(self, f"{name}_bias"), (weight.rows,))
         return row
 
 
 @dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's share of the KV pool. Tensors stay where they are."""
+    """One layer's share of the KV pool. Tensors are filled in place, never replaced."""
 
     k_PKSD: torch.Tensor
     v_PKSD: torch.Tensor
 
     @cached_property
-    def kind(self) -> tuple[torch.Size, torch.dtype]:
+    def layout(self) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype. Raises ValueError unless both tensors have them."""
         k_PKSD, v_PKSD = self.k_PKSD, self.v_PKSD
         if v_PKSD.shape != k_PKSD.shape or v_PKSD.dtype != k_PKSD.dtype:
@@ -104,7 +103,7 @@ class DecoderWeights:
 
     @cached_property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Every layer's. Raises ValueError where one differs."""
+        """A layer's, the same for all. Raises ValueError where one differs."""
         first = self.layers[0].sizes
         for layer in self.layers:
             if layer.sizes != first:
@@ -112,7 +111,7 @@ class DecoderWeights:
         return first
 
     @cached_property
-    def table(self) -> array[int]:
+    def addresses(self) -> array[int]:
         """What the C++ kernels take for packed ones: an array of ``Layer`` of layers.cpp."""
         return array("q", chain.from_iterable(layer.arguments for layer in self.layers))
 
@@ -124,26 +123,37 @@ class KVPool:
     layers: Sequence[LayerCache]
 
     @cached_property
-    def kind(self) -> tuple[torch.Size, torch.dtype]:
-        """Every layer's. Raises ValueError where one differs."""
-        first = self.layers[0].kind
+    def layout(self) -> tuple[torch.Size, torch.dtype]:
+        """A layer's, the same for all. Raises ValueError where one differs."""
+        first = self.layers[0].layout
         for cache in self.layers:
-            if cache.kind != first:
-                raise ValueError(f"all layers must be as the first, {first}, got {cache.kind}")
+            if cache.layout != first:
+                raise ValueError(f"all layers must be as the first, {first}, got {cache.layout}")
         return first
 
     @cached_property
-    def table(self) -> array[int]:
+    def addresses(self) -> array[int]:
         """What the C++ kernels take: each layer's two addresses."""
+        shape, dtype = self.layout
         return array(
-            "q", [tensor.data_ptr() for cache in self.layers for tensor in (cache.k_PKSD, cache.v_PKSD)]
+            "q",
+            [
+                address(name, getattr(cache, name), tuple(shape), dtype)
+                for cache in self.layers
+                for name in ("k_PKSD", "v_PKSD")
+            ],
         )
 
 
-def address(vector: torch.Tensor | None, size: int) -> int:
-    """Of a float32 vector, or 0 for none."""
-    if vector is None:
+def address(
+    name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> int:
+    """Of a contiguous tensor, for C++, or 0 for none. Refuses another shape or dtype with a ValueError."""
+    if tensor is None:
         return 0
-    if vector.dtype != torch.float32 or vector.shape != (size,):
-        raise ValueError(f"a vector must be float32 [{size}], got {vector.dtype} {tuple(vector.shape)}")
-    return vector.data_ptr()
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous {dtype} {shape}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+    return tensor.data_ptr()

@@ -216,12 +216,54 @@ def test_layers_that_do_not_fit_are_refused(backend: Backend, rng: np.random.Gen
         run(layer, LayerCache(cache.k_PKSD[:1], cache.v_PKSD[:1]))
     with pytest.raises(ValueError, match=r"^v_PKSD must be as k_PKSD"):
         run(layer, LayerCache(cache.k_PKSD, cache.v_PKSD[:1]))
-    with pytest.raises(ValueError, match=r"^a vector must be float32 \[48\]"):
+    with pytest.raises(ValueError, match=r"^o_bias must be contiguous torch.float32 \(48,\)"):
         run(replace(layer, o_bias=torch.ones(47)), cache)
-    with pytest.raises(ValueError, match=r"^decoder_layers: 2 tokens of 2 sequences, .* don't fit together"):
+    with pytest.raises(ValueError, match=r"^slots_T must be contiguous torch.int64 \(2,\), got .* \(3,\)"):
         run(layer, cache, num_slots=3)
-    with pytest.raises(ValueError, match=r"^decoder_layers: .* 2 layers .* 1 caches .* don't fit together"):
+    with pytest.raises(ValueError, match=r"^decoder_layers: 2 layers .* 1 caches .* don't fit together"):
         run(layer)
+
+
+def test_what_cpp_would_misread_is_refused(backend: Backend, rng: np.random.Generator) -> None:
+    """It gets addresses: another dtype, a gap or a missing tensor would be other numbers, or a crash."""
+    if not backend.is_cpp:
+        pytest.skip("torch reads all of them")
+    kernels, case = backend.kernels, make_case(rng, backend.device, [(40, 1), (20, 1)])
+    num_tokens, num_heads, head_dim = case.q_THD.shape
+    k_cache, v_cache = case.k_cache_PKSD, case.v_cache_PKSD
+    heads = torch.ones(num_tokens, num_heads + 2 * k_cache.shape[1], head_dim)
+    frequencies, positions = random_angles(rng, case)
+    cos, sin = kernels.rotary(frequencies, positions)
+    slots, out, tables = slots_of(case), torch.empty_like(case.q_THD), case.block_tables_BM
+    keys, scores = torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 50)
+
+    def rope(*tensors: torch.Tensor) -> None:
+        kernels.rope_and_write_kv(heads, *tensors)
+
+    def attend(tables: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        kernels.paged_attention(
+            case.q_THD, k_cache, v_cache, tables, case.seq_lens_B, case.query_start_B1, scale=1.0, out_THD=out
+        )
+
+    gaps, spread = torch.stack((positions, positions), dim=1)[:, 0], k_cache.transpose(2, 3).contiguous()
+    for name, call in {
+        "positions_T": lambda: kernels.rotary(frequencies, positions.int()),
+        "frequencies_F": lambda: kernels.rotary(frequencies.double(), positions),
+        "ids_T": lambda: kernels.embedding(gaps, PackedWeight(48, 64, 8)),
+        "cos_TF": lambda: rope(cos[:1], sin, k_cache, v_cache, slots),
+        "sin_TF": lambda: rope(cos, sin.double(), k_cache, v_cache, slots),
+        "k_cache_PKSD": lambda: rope(cos, sin, spread.transpose(2, 3), v_cache, slots),
+        "v_cache_PKSD": lambda: rope(cos, sin, k_cache, v_cache.half(), slots),
+        "slots_T": lambda: rope(cos, sin, k_cache, v_cache, slots.int()),
+        "block_tables_BM": lambda: attend(tables.T.contiguous().T, k_cache, v_cache),
+        "keys_L2": lambda: kernels.draw(scores, torch.ones(2)),
+        "keys_L2 must": lambda: kernels.draw(scores, torch.ones(2), keys.long()),
+        "temperature_L": lambda: kernels.draw(scores, torch.ones(3), keys),
+        "residual_TN": lambda: kernels.rms_norm(scores, torch.ones(50), 1e-5, scores.double()),
+        "weight_N": lambda: kernels.rms_norm(scores, torch.ones(49), 1e-5),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}"):
+            call()
 
 
 def test_more_threads_than_cores(backend: Backend, rng: np.random.Generator) -> None:
