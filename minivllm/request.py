@@ -133,13 +133,16 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @cached_property
-    def changes_scores(self) -> bool:
-        """Whether tokens are more or less likely for it than for the model. Asked in every step."""
+    def adjusts_logits(self) -> bool:
+        """Whether biases, penalties or ``min_tokens`` change the model's logits. Asked in every step."""
         return bool(self.logit_bias) or self.has_penalties or self.min_tokens > 0
 
     @cached_property
     def reads_output(self) -> bool:
-        """Whether the choice of a token takes the tokens before it, beyond the model. Asked in every step."""
+        """Whether penalties or a grammar need each token on the host before the next one is chosen.
+
+        Such a step doesn't run ahead. Asked in every step.
+        """
         return self.has_penalties or self.grammar is not None
 
     @property
@@ -243,12 +246,7 @@ class Request:
     """Of this request's random stream: ``sampling.seed``, or drawn by the engine."""
     max_total_tokens: int
     """Prompt and output together end here."""
-    priority: int = 0
-    """The lower, the sooner it is admitted."""
-    tenant: str = ""
-    """Whose it is."""
-    client_id: str | None = None
-    """What its client calls it, for traces alone."""
+    terms: Terms = DEFAULT_TERMS
     end_token_ids: frozenset[int] = frozenset()
     """Any of these ends it, once it has more than ``min_tokens``. Set by the scheduler."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)

@@ -70,7 +70,8 @@ def grammar_from_json_schema(schema: dict[str, Any] | bool | str) -> str:
             schema = {}
         if not isinstance(schema, (dict, bool)):
             raise InvalidRequestError(f"a JSON schema must be an object, got {type(schema).__name__}")
-        _check_depth(schema)
+        if nesting_depth(schema) > MAX_SCHEMA_DEPTH:
+            raise InvalidRequestError(f"a JSON schema must be nested at most {MAX_SCHEMA_DEPTH} deep")
         with_options = schema if isinstance(schema, bool) else {**schema, "x-guidance": _JSON_OPTIONS}
         text = json.dumps(with_options, allow_nan=False)
     except RecursionError:
@@ -300,20 +301,13 @@ def _random_bit(mask: int, rng: random.Random) -> int:
     return shift + (above & -above).bit_length() - 1
 
 
-def _check_depth(schema: Any) -> None:
-    level: list[Any] = [schema]
-    depth = 0
-    while level:
+def nesting_depth(value: Any) -> int:
+    """How many objects and arrays lie in each other, at most."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
         depth += 1
-        if depth > MAX_SCHEMA_DEPTH:
-            raise InvalidRequestError(f"a JSON schema must be nested at most {MAX_SCHEMA_DEPTH} deep")
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                below += [v for v in value.values() if isinstance(v, (dict, list))]
-            elif isinstance(value, list):
-                below += [v for v in value if isinstance(v, (dict, list))]
-        level = below
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def _escape_regex(pattern: str) -> str:

@@ -285,9 +285,8 @@ class Kernel {
     // Two softmax states, then the queries, their scores, and a block's keys or values.
     float* thread_memory() const {
         static thread_local std::vector<float> memory;
-        int64_t size = 2 * softmax_floats(padded_) + kTileRows * (padded_ + kTileKeys) + kBlockSize * padded_;
-        if (int64_t(memory.size()) < size) memory.resize(size);
-        return memory.data();
+        const int64_t work = kTileRows * (padded_ + kTileKeys) + kBlockSize * padded_;
+        return scratch(memory, 2 * softmax_floats(padded_) + work);
     }
 
     // The tile's queries, scaled: [rows, padded], zeros past head_dim.

@@ -15,7 +15,7 @@ struct Matrix {
     const float* bias;
 };
 
-// A product's quantised activations, for one product after the other.
+// Buffers for one product's quantised activations, reused by the next.
 struct ActivationMemory {
     std::vector<uint8_t> values, numbers;
 

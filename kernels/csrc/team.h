@@ -34,8 +34,8 @@ inline void pause() {
 // in the same order. Of each they take items while there are any, and the next piece begins when all items are
 // done, whether or not every thread has come by: one that is just waking up, or that has no core because another
 // program has it, holds nobody up, and skips what was done without it. OpenMP's barriers wait for threads
-// instead. Where waking one takes longer than the others are willing to spin, these sleep before it is there, it
-// sleeps before they are awake again, and so on at every barrier.
+// instead: those that give up spinning fall asleep just before a late one arrives, which then waits for them and does
+// the same.
 class Team {
    public:
     struct State {

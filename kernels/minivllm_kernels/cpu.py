@@ -25,7 +25,7 @@ except ImportError:  # not built
     _extension = None
 
 _KV_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_MAX_HEAD_DIM = 1024
+_MAX_HEAD_DIM = 1024  # elementwise.cpp's kMaxHeadDim
 _NO_WINDOW = 2**62  # tokens
 
 

@@ -81,9 +81,10 @@ class KernelBackend(Protocol):
         scale: float,
         sliding_window: int | None = None,
     ) -> torch.Tensor:
-        """All layers of a Llama, one after the other: attention, then a gated MLP, each of a norm.
+        """All layers of a Llama: attention, then a gated MLP, each preceded by an RMSNorm.
 
-        For what the arguments are, see the parts that are called here.
+        The arguments are those of :meth:`rms_norm`, :meth:`rotary`, :meth:`rope_and_write_kv` and
+        :meth:`paged_attention`.
 
         Returns:
             The last layer's output and the residual, added up: [T, N]. ``x`` may be overwritten; ``pool`` is

@@ -16,7 +16,7 @@ Weight = torch.Tensor | PackedWeight
 """A matrix [rows, N]: a tensor, or one of 4 or 8 bits."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LayerWeights:
     """Everything that one layer multiplies with; biases may be missing.
 

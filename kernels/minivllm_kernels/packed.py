@@ -144,7 +144,13 @@ class PackedRows:
         return self._weight.num_bytes * self.shape[0] // self._weight.rows
 
     def copy_(self, source: torch.Tensor | QuantizedRows) -> None:
-        """Write the tensor, rounded to the weight's bits unless it already is. Mutates the weight."""
+        """Write the tensor. Mutates the weight.
+
+        Into 8 bits anything can be written, and is rounded where need be; into 4 bits only what has 4.
+
+        Raises:
+            ValueError: another shape, or 4 bits are wanted and the source has others.
+        """
         if tuple(source.shape) != self.shape:
             raise ValueError(f"source must have shape {self.shape}, got {tuple(source.shape)}")
         if not isinstance(source, QuantizedRows) or source.bits != self._weight.bits:

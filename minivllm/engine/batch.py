@@ -26,7 +26,7 @@ class FlatBatch:
     """A step's tensors, all sequences laid end to end. Integer tensors on the runner's device."""
 
     input_ids_T: torch.Tensor
-    """int64: the tokens; ``-1 - row`` for the pending one that row ``row`` of the last step's samples is."""
+    """int64. ``-1 - r`` stands for a token still on the device: row ``r`` of the last step's samples."""
     positions_T: torch.Tensor
     """int64: each token's index in its sequence."""
     slots_T: torch.Tensor

@@ -69,6 +69,7 @@ class EngineClient:
         self.has_finished_any = False
         """Whether it has brought any request to its end."""
         self._tasks: list[asyncio.Task[None]] = []
+        self._watcher: asyncio.Task[None] | None = None
         self._is_closed = False
 
     @classmethod
@@ -109,7 +110,7 @@ class EngineClient:
             raise StartupError(f"can't open the engine's sockets: {error}") from None
 
     async def start(
-        self, config: EngineConfig, *, stall_timeout: float = 60.0, start_timeout: float | None = None
+        self, config: EngineConfig, *, stall_timeout: float, start_timeout: float | None = None
     ) -> None:
         """Have the process load a model, and wait until it can serve.
 
@@ -150,10 +151,8 @@ class EngineClient:
             raise StartupError(message.message)
         if isinstance(message, messages.Ready):
             self.info, self._stats = message.info, message.stats
-        self._tasks = [
-            asyncio.create_task(self._receive()),
-            asyncio.create_task(self._watch()),
-        ]
+        self._watcher = asyncio.create_task(self._watch())
+        self._tasks = [asyncio.create_task(self._receive()), self._watcher]
 
     @property
     def is_alive(self) -> bool:
@@ -167,7 +166,8 @@ class EngineClient:
 
     async def wait_until_dead(self) -> None:
         """Return when the process has ended, by itself or because it hung, and its requests have failed."""
-        await asyncio.shield(self._tasks[1])
+        assert self._watcher is not None
+        await asyncio.shield(self._watcher)
 
     @property
     def num_requests(self) -> int:

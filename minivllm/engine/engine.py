@@ -65,7 +65,7 @@ class Engine:
         grammars: what requests with a grammar need; None where none may have one.
         clock: seconds, above 0, for the requests' metrics; a simulation has one of its own.
         sinks: get a record of each step; without any, none are made.
-        idle_work: what :meth:`prepare` takes a step of.
+        idle_work: advanced once by each :meth:`prepare`, while there is nothing else to do.
         block_manager: an experiment's own, of ``num_blocks`` blocks, instead of the one that config names.
     """
 
@@ -161,9 +161,7 @@ class Engine:
             sampling,
             seed=self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed,
             max_total_tokens=max_total_tokens,
-            priority=terms.priority,
-            tenant=terms.tenant,
-            client_id=terms.client_id,
+            terms=terms,
             metrics=RequestMetrics(arrival_time=self.clock()),
         )
         if sampling.grammar is None:

@@ -1,7 +1,7 @@
 """What the server and the engine process say to each other: typed msgpack, never pickle.
 
-Who gets what it can't read ends the engine process: both sides are one package, so that they no longer are of
-one version, and any answer that came of it would be a guess.
+A message that can't be read ends the engine process: both sides come from one package, so it means that their
+versions differ, and any answer would be a guess.
 """
 
 from __future__ import annotations

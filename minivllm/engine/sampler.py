@@ -89,8 +89,8 @@ def sample(
     """
     params = [request.sampling for request in requests]
     scores_LV = logits_LV if mask is None else apply_token_mask(logits_LV, mask)
-    if any(p.changes_scores for p in params):
-        scores_LV = _change(scores_LV, requests, eos_token_ids)
+    if any(p.adjusts_logits for p in params):
+        scores_LV = _adjust(scores_LV, requests, eos_token_ids)
     tokens_L = _draw(scores_LV, requests, kernels)
 
     counts = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
@@ -123,7 +123,7 @@ def _draw(scores_LV: torch.Tensor, requests: list[Request], kernels: KernelBacke
     return kernels.draw(scores_LV, temperature_L, to_device(_noise_keys(requests), device))
 
 
-def _change(scores_LV: torch.Tensor, requests: list[Request], eos_token_ids: frozenset[int]) -> torch.Tensor:
+def _adjust(scores_LV: torch.Tensor, requests: list[Request], eos_token_ids: frozenset[int]) -> torch.Tensor:
     """Biases, penalties, and the mask of end-of-turn tokens."""
     scores_LV = _add_biases(scores_LV, [request.sampling for request in requests])
     penalised = [row for row, request in enumerate(requests) if request.sampling.has_penalties]

@@ -75,8 +75,8 @@ class Ending(NamedTuple):
 class StepRecord:
     """One step: who ran, who waited and why, and when.
 
-    The host's time goes through the moments in their order. Where the runner runs ahead, the next step's
-    first three lie between this one's ``launched_time`` and ``wait_time``.
+    Its times are in this order. Where the runner runs ahead, the next step's first three fall between this
+    one's ``launched_time`` and ``wait_time``.
 
     What came between two steps is in the later one's record. A record without decodes and prefills is of
     a step that computed nothing, but came with an end or an eviction.
@@ -190,8 +190,8 @@ class StepRecorder:
                 self.clock() if request.sampling.grammar is not None else request.metrics.arrival_time,
                 request.num_prompt_tokens,
                 request.max_total_tokens - request.num_prompt_tokens,
-                request.priority,
-                request.client_id,
+                request.terms.priority,
+                request.terms.client_id,
             )
         )
 

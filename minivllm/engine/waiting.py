@@ -17,20 +17,22 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._evicted: deque[Request] = deque()
-        self._queue: deque[Request] = deque()
+        self._queues: dict[str, deque[Request]] = {}
+        """By owner, of those who wait for the first time, and none of them empty. Here all have one."""
 
     def __len__(self) -> int:
-        return len(self._evicted) + len(self._queue)
+        return sum(map(len, (self._evicted, *self._queues.values())))
 
     def __iter__(self) -> Iterator[Request]:
-        return chain(self._evicted, self._queue)
+        return chain(self._evicted, *self._queues.values())
 
     def add(self, request: Request) -> None:
-        """A new request, behind those of its priority."""
-        position = len(self._queue)
-        while position > 0 and self._queue[position - 1].priority > request.priority:
+        """A new request, behind those of its owner and priority."""
+        queue = self._queues.setdefault(self._owner(request), deque())
+        position = len(queue)
+        while position > 0 and queue[position - 1].terms.priority > request.terms.priority:
             position -= 1
-        self._queue.insert(position, request)
+        queue.insert(position, request)
 
     def add_evicted(self, request: Request) -> None:
         """A request that ran until now, before all others."""
@@ -42,7 +44,13 @@ class WaitingQueue:
 
     def remove(self, request: Request) -> None:
         """It waits no longer."""
-        (self._evicted if request in self._evicted else self._queue).remove(request)
+        if request in self._evicted:
+            self._evicted.remove(request)
+            return
+        queue = self._queues[self._owner(request)]
+        queue.remove(request)
+        if not queue:
+            del self._queues[self._owner(request)]
 
     def charge_prompt(self, request: Request) -> None:
         """Note that a request was admitted for the first time: its prompt is computed. Here nobody counts."""
@@ -50,8 +58,12 @@ class WaitingQueue:
     def charge_outputs(self, requests: Iterable[Request]) -> None:
         """Note that each of these got a token. Here nobody counts."""
 
+    def _owner(self, request: Request) -> str:
+        return ""
+
     def _first_new(self) -> Request:
-        return self._queue[0]
+        (queue,) = self._queues.values()
+        return queue[0]
 
 
 class FairQueue(WaitingQueue):
@@ -72,34 +84,33 @@ class FairQueue(WaitingQueue):
 
     def add(self, request: Request) -> None:
         """See :meth:`WaitingQueue.add`."""
-        active = {other.tenant for other in self._queue}
-        if request.tenant not in active:
+        tenant = request.terms.tenant
+        if tenant not in self._queues:
             floor = 0
-            if active:
-                floor = min(self._served[tenant] for tenant in active)
+            if self._queues:
+                floor = min(self._served[active] for active in self._queues)
             elif self._last_left is not None:
                 floor = self._served[self._last_left]
-            self._served[request.tenant] = max(self._served.get(request.tenant, 0), floor)
+            self._served[tenant] = max(self._served.get(tenant, 0), floor)
         super().add(request)
 
     def remove(self, request: Request) -> None:
         """See :meth:`WaitingQueue.remove`."""
         super().remove(request)
-        self._last_left = request.tenant
+        self._last_left = request.terms.tenant
 
     def charge_prompt(self, request: Request) -> None:
         """See :meth:`WaitingQueue.charge_prompt`. What was in the prefix cache is free."""
-        self._served[request.tenant] += self.PROMPT_WEIGHT * request.num_uncomputed_tokens
+        self._served[request.terms.tenant] += self.PROMPT_WEIGHT * request.num_uncomputed_tokens
 
     def charge_outputs(self, requests: Iterable[Request]) -> None:
         """See :meth:`WaitingQueue.charge_outputs`."""
         for request in requests:
-            self._served[request.tenant] += self.OUTPUT_WEIGHT
+            self._served[request.terms.tenant] += self.OUTPUT_WEIGHT
+
+    def _owner(self, request: Request) -> str:
+        return request.terms.tenant
 
     def _first_new(self) -> Request:
-        heads: dict[str, Request] = {}
-        for request in self._queue:
-            if request.priority > self._queue[0].priority:
-                break
-            heads.setdefault(request.tenant, request)
-        return min(heads.values(), key=lambda request: self._served[request.tenant])
+        heads = (queue[0] for queue in self._queues.values())
+        return min(heads, key=lambda head: (head.terms.priority, self._served[head.terms.tenant]))

@@ -6,10 +6,11 @@ V vocabulary.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from minivllm_kernels import DecoderWeights, KVPool, LayerWeights, PackedRows
 
-from minivllm.engine.batch import FlatBatch
 from minivllm.models.config import ModelConfig
 from minivllm.models.layers import (
     Linear,
@@ -20,6 +21,9 @@ from minivllm.models.layers import (
     rope_frequencies,
     slot_bytes,
 )
+
+if TYPE_CHECKING:
+    from minivllm.engine.batch import FlatBatch
 
 
 class LlamaLayer:
@@ -54,16 +58,16 @@ class LlamaLayer:
         """As the kernels take them."""
         qkv, o, gate_up, down = self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
         return LayerWeights(
-            qkv.norm_weight,
-            qkv.weight,
-            qkv.bias,
-            o.weight,
-            o.bias,
-            gate_up.norm_weight,
-            gate_up.weight,
-            gate_up.bias,
-            down.weight,
-            down.bias,
+            attention_norm_N=qkv.norm_weight,
+            qkv=qkv.weight,
+            qkv_bias=qkv.bias,
+            o=o.weight,
+            o_bias=o.bias,
+            mlp_norm_N=gate_up.norm_weight,
+            gate_up=gate_up.weight,
+            gate_up_bias=gate_up.bias,
+            down=down.weight,
+            down_bias=down.bias,
         )
 
     def weight_slots(self) -> dict[str, WeightSlot]:

@@ -11,11 +11,11 @@ from typing_extensions import Self
 
 from minivllm.errors import InvalidRequestError
 from minivllm.server.strict import StrictModel
+from minivllm.structured import MAX_SCHEMA_DEPTH, nesting_depth
 from minivllm.tools.tool import Tool
 
 MAX_TOOLS = 128
 MAX_NAME_CHARS = 64
-MAX_SCHEMA_DEPTH = 64
 """Objects and lists inside each other in a function's parameters."""
 
 _NAME_CHARS = frozenset(string.ascii_letters + string.digits + "_-")
@@ -51,7 +51,7 @@ class Function(StrictModel):
                     f"parameters must be a schema of type 'object', got {str(kind)[:80]!r}",
                     param="parameters.type",
                 )
-            depth = _depth(self.parameters)
+            depth = nesting_depth(self.parameters)
             if depth > MAX_SCHEMA_DEPTH:
                 raise InvalidRequestError(
                     f"parameters must be nested at most {MAX_SCHEMA_DEPTH} deep, got {depth}",
@@ -175,15 +175,3 @@ class ToolCall(StrictModel):
         """The call as chat templates take it."""
         function = {"name": self.function.name, "arguments": self.function.parsed_arguments()}
         return {"id": self.id, "type": "function", "function": function}
-
-
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        below = []
-        for container in level:
-            inner = container.values() if isinstance(container, dict) else container
-            below += [v for v in inner if isinstance(v, (dict, list))]
-        level = below
-    return depth

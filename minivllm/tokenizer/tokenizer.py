@@ -73,13 +73,8 @@ class Tokenizer:
         return self.special_tokens.get("eos_token")
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether :meth:`apply_chat_template` can work."""
-        return self._template_source is not None
-
-    @property
     def chat_template(self) -> str | None:
-        """The template's text."""
+        """The template's text; None where :meth:`apply_chat_template` can't work."""
         return self._template_source
 
     @cached_property

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from minivllm.tools.events import EventList
-
-WHITESPACE = " \t\r\n"
+from minivllm.tools.events import WHITESPACE, EventList
 
 _ARGUMENTS = ("arguments", "parameters")  # Hermes' word and Llama's; models mix them up
 _KEYS = ("type", "name", *_ARGUMENTS)

@@ -7,6 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+WHITESPACE = " \t\r\n"
+"""Between the parts of a call, and around the reasoning."""
+
 
 @dataclass(frozen=True, slots=True)
 class Content:

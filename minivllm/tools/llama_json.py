@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from minivllm.tools.call_object import WHITESPACE
-from minivllm.tools.events import Event
+from minivllm.tools.events import WHITESPACE, Event
 from minivllm.tools.held_text import CallObjectParser
 
 TAG = "<|python_tag|>"

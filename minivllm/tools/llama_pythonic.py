@@ -6,8 +6,7 @@ import json
 from collections.abc import Collection
 from typing import ClassVar
 
-from minivllm.tools.call_object import WHITESPACE
-from minivllm.tools.events import Event
+from minivllm.tools.events import WHITESPACE, Event
 from minivllm.tools.held_text import HeldTextParser
 from minivllm.tools.python_literal import PythonLiteral
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from minivllm.tools.events import WHITESPACE
+
 MAX_DEPTH = 64
 MAX_SCALAR_CHARS = 400
 """Of a number or a name. Strings have no limit: they pass through."""
 
-_WHITESPACE = " \t\r\n"
 _CONSTANTS = {
     "True": "true",
     "False": "false",
@@ -55,7 +56,7 @@ class PythonLiteral:
         return self._step(char)
 
     def _before_value(self, char: str) -> str:
-        if char in _WHITESPACE:
+        if char in WHITESPACE:
             return ""
         if self._may_close and char == _CLOSING[self._open[-1]]:
             return self._close(char)
@@ -124,10 +125,10 @@ class PythonLiteral:
         if char == ":":
             self._is_key, self._step = False, self._before_value
             return ": "
-        return "" if char in _WHITESPACE else self._fail()
+        return "" if char in WHITESPACE else self._fail()
 
     def _after_value(self, char: str) -> str:
-        if char in _WHITESPACE:
+        if char in WHITESPACE:
             return ""
         if not self._open:
             self.is_done = char in ",)"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-OPEN, CLOSE = "<think>", "</think>"
+from minivllm.tools.events import WHITESPACE
 
-_WHITESPACE = " \t\r\n"
+OPEN, CLOSE = "<think>", "</think>"
 
 
 class ReasoningSplitter:
@@ -38,11 +38,11 @@ class ReasoningSplitter:
     def finish(self) -> tuple[str, str]:
         """What was held back, when no more text comes."""
         if self._step == self._in_reasoning:
-            self._reasoning.append("".join(self._held).rstrip(_WHITESPACE))
+            self._reasoning.append("".join(self._held).rstrip(WHITESPACE))
         elif self._step == self._at_start:
             held = "".join(self._held)
             if self._is_open:
-                self._reasoning.append(held.strip(_WHITESPACE))
+                self._reasoning.append(held.strip(WHITESPACE))
             else:
                 self._answer.append(held)
         return self._take()
@@ -54,7 +54,7 @@ class ReasoningSplitter:
         return reasoning, answer
 
     def _at_start(self, char: str) -> None:
-        if char in _WHITESPACE and not self._tag:
+        if char in WHITESPACE and not self._tag:
             self._held.append(char)
         elif OPEN.startswith(self._tag + char):
             self._held.append(char)
@@ -62,7 +62,7 @@ class ReasoningSplitter:
             if self._tag == OPEN:
                 self._begin_reasoning("")
         elif self._is_open:
-            self._begin_reasoning("".join(self._held).lstrip(_WHITESPACE) + char)
+            self._begin_reasoning("".join(self._held).lstrip(WHITESPACE) + char)
         else:
             self._answer += [*self._held, char]
             self._step = self._answer.append
@@ -73,7 +73,7 @@ class ReasoningSplitter:
             self._step(char)
 
     def _before_reasoning(self, char: str) -> None:
-        if char not in _WHITESPACE:
+        if char not in WHITESPACE:
             self._step = self._in_reasoning
             self._in_reasoning(char)
 
@@ -84,7 +84,7 @@ class ReasoningSplitter:
             if self._tag == CLOSE:
                 self._step = self._before_answer
             return
-        if char in _WHITESPACE and not self._tag:
+        if char in WHITESPACE and not self._tag:
             self._held.append(char)
             return
         if self._tag:  # no closing tag, but this character may begin one, or whitespace
@@ -100,6 +100,6 @@ class ReasoningSplitter:
         self._tag = ""
 
     def _before_answer(self, char: str) -> None:
-        if char not in _WHITESPACE:
+        if char not in WHITESPACE:
             self._answer.append(char)
             self._step = self._answer.append

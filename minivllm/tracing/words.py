@@ -143,7 +143,7 @@ class Overview:
     def __init__(self) -> None:
         self.lives = Lives()
         self.end = 0.0
-        self._num_prefill_tokens = self._num_output_tokens = self._num_evictions = self._num_failed = 0
+        self._num_prefill_tokens = self._num_evictions = self._num_failed = 0
         self._ms: dict[str, array[float]] = {
             name: array("d") for name in ("schedule", "execute", "wait", "update", "device")
         }

@@ -40,7 +40,7 @@ def config(tmp_path: Path) -> EngineConfig:
 async def running(config: EngineConfig) -> AsyncIterator[EngineClient]:
     client = await EngineClient.spawn()
     try:
-        await client.start(config)
+        await client.start(config, stall_timeout=60.0)
         yield client
     finally:
         await client.close()
@@ -229,7 +229,7 @@ from minivllm.engine.client import EngineClient
 async def main():
     client = await EngineClient.spawn()
     config = EngineConfig(model=sys.argv[1], load_format="dummy", device="cpu", kv_cache_memory=2**22)
-    await client.start(config)
+    await client.start(config, stall_timeout=60.0)
     print(client._process.pid, flush=True)
     await asyncio.sleep(600)
 

@@ -406,7 +406,7 @@ def test_a_killed_engine_leaves_a_file_that_can_be_read(tmp_path: Path) -> None:
     async def run() -> None:
         client = await EngineClient.spawn()
         try:
-            await client.start(config)
+            await client.start(config, stall_timeout=60.0)
             long = SamplingParams(max_tokens=2000, ignore_eos=True)
             async for item in client.generate("a-0", [5] * 20, long, Terms(client_id="the client's")):
                 assert item.new_token_ids

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.engine.waiting import FairQueue, WaitingQueue
-from minivllm.request import Request, SamplingParams
+from minivllm.request import Request, SamplingParams, Terms
 
 
 def make(name: str, *, tenant: str = "", priority: int = 0, num_tokens: int = 10) -> Request:
@@ -16,8 +16,7 @@ def make(name: str, *, tenant: str = "", priority: int = 0, num_tokens: int = 10
         SamplingParams(),
         seed=0,
         max_total_tokens=100,
-        priority=priority,
-        tenant=tenant,
+        terms=Terms(priority=priority, tenant=tenant),
     )
 
 
@@ -33,7 +32,7 @@ def test_plain_order(arrivals: list[tuple[int, bool]]) -> None:
         else:
             queue.add(request)
             new.append(request)
-    expected = evicted + sorted(new, key=lambda request: request.priority)
+    expected = evicted + sorted(new, key=lambda request: request.terms.priority)
     assert list(queue) == expected
     while expected:
         assert len(queue) == len(expected)
@@ -54,18 +53,19 @@ def test_with_all_there_none_gets_far_ahead(work: list[tuple[str, int, int]]) ->
     largest = max(sizes.values())
     served = dict.fromkeys("abc", 0)
     while queue:
-        waiting = {request.tenant for request in queue}
+        waiting = {request.terms.tenant for request in queue}
         spread = [served[tenant] for tenant in waiting]
         assert max(spread) - min(spread) <= largest
         request = queue.first()
-        assert request.tenant in waiting
-        assert request is next(r for r in queue if r.tenant == request.tenant), "a tenant's own stay in order"
+        tenant = request.terms.tenant
+        assert tenant in waiting
+        assert request is next(r for r in queue if r.terms.tenant == tenant), "a tenant's own stay in order"
         queue.remove(request)
         queue.charge_prompt(request)
         output = (sizes[request] - request.num_prompt_tokens) // 2
         for _ in range(output):
             queue.charge_outputs([request])
-        served[request.tenant] += sizes[request]
+        served[tenant] += sizes[request]
 
 
 def test_a_pause_earns_no_credit() -> None:

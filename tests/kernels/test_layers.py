@@ -61,16 +61,16 @@ def make_layer(
         return vector(length) if has_bias else None
 
     return LayerWeights(
-        vector(size),
-        make_weight(rng, backend, qkv_rows, size, bits),
-        bias(qkv_rows),
-        make_weight(rng, backend, size, num_heads * head_dim, bits),
-        bias(size),
-        vector(size),
-        make_weight(rng, backend, 2 * inner, size, bits),
-        bias(2 * inner),
-        make_weight(rng, backend, size, inner, bits),
-        bias(size),
+        attention_norm_N=vector(size),
+        qkv=make_weight(rng, backend, qkv_rows, size, bits),
+        qkv_bias=bias(qkv_rows),
+        o=make_weight(rng, backend, size, num_heads * head_dim, bits),
+        o_bias=bias(size),
+        mlp_norm_N=vector(size),
+        gate_up=make_weight(rng, backend, 2 * inner, size, bits),
+        gate_up_bias=bias(2 * inner),
+        down=make_weight(rng, backend, size, inner, bits),
+        down_bias=bias(size),
     )
 
 

@@ -221,7 +221,7 @@ def test_no_messages_are_refused() -> None:
 
 
 def test_a_tokenizer_without_template_says_what_to_do(sentencepiece_tokenizer: Tokenizer) -> None:
-    assert not sentencepiece_tokenizer.has_chat_template
+    assert sentencepiece_tokenizer.chat_template is None
     with pytest.raises(InvalidRequestError, match="--chat-template"):
         sentencepiece_tokenizer.apply_chat_template([USER])
 
