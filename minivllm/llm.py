@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Generator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from minivllm.completion import CompletionDelta, CompletionStream
@@ -39,7 +41,8 @@ class LLM:
         self.engine = build_engine(config, files)
         self._request_ids = map(str, itertools.count())
         self._inboxes: dict[str, list[EngineEvent]] = {}
-        """Where each unfinished request's events go: to its call. Several streams may be under way."""
+        """Where each unfinished request's events go: to its call. Several may be under way, in any thread."""
+        self._lock = threading.Lock()
 
     def generate(
         self,
@@ -139,34 +142,47 @@ class LLM:
             self._end(request_id)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, max_tokens=self.engine.info.max_model_len)
+        if not _is_list(prompt) or not all(isinstance(token_id, Integral) for token_id in prompt):
+            raise InvalidRequestError(f"a prompt must be text or token ids, got {type(prompt).__name__}")
+        return list(map(int, prompt))
 
     def _add(self, ids: list[int], sampling: SamplingParams, inbox: list[EngineEvent]) -> str:
         """Start a request whose events go to ``inbox``; returns its id."""
-        request_id = next(self._request_ids)
-        self.engine.add(request_id, ids, sampling)
-        self._inboxes[request_id] = inbox
+        with self._lock:
+            request_id = next(self._request_ids)
+            self.engine.add(request_id, ids, sampling)
+            self._inboxes[request_id] = inbox
         return request_id
 
     def _end(self, request_id: str) -> None:
         """Forget a request, and abort it if the engine doesn't know yet that it has ended."""
-        if self._inboxes.pop(request_id, None) is not None:
-            self.engine.abort(request_id)
+        with self._lock:
+            if self._inboxes.pop(request_id, None) is not None:
+                self.engine.abort(request_id)
 
     def _next_events(self, inbox: list[EngineEvent]) -> list[EngineEvent]:
         """Empty ``inbox``; if nothing is in there, take a step first, and give all calls what is theirs."""
-        if not inbox:
-            for event in self.engine.step():
-                if event.request_id in self._inboxes:
-                    self._inboxes[event.request_id].append(event)
-        events = inbox.copy()
-        inbox.clear()
+        with self._lock:
+            if not inbox:
+                for event in self.engine.step():
+                    if event.request_id in self._inboxes:
+                        self._inboxes[event.request_id].append(event)
+            events = inbox.copy()
+            inbox.clear()
         for event in events:
             if event.finish_reason is FinishReason.ERROR:
                 raise RequestFailedError(f"the engine failed on this request: {event.error}")
         return events
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray))
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    if not isinstance(prompts, str) and not _is_list(prompts):
+        raise InvalidRequestError(f"prompts must be one or a list of them, got {type(prompts).__name__}")
+    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
     return [prompts] if is_single else list(prompts)  # type: ignore[list-item, arg-type]

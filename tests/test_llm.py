@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,6 +114,26 @@ def test_streams_beside_each_other(llm: LLM) -> None:
         next(llm.stream("x", SamplingParams(n=2)))
 
 
+def test_calls_from_several_threads(llm: LLM) -> None:
+    prompts = [f"Number {i} is" for i in range(6)]
+    want = [llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].text for prompt in prompts]
+
+    def streamed(prompt: str) -> str:
+        return "".join(delta.text for delta in llm.stream(prompt, GREEDY))
+
+    def whole(prompt: str) -> str:
+        return llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].text
+
+    with ThreadPoolExecutor(6) as pool:
+        assert [*pool.map(streamed, prompts[:3]), *pool.map(whole, prompts[3:])] == want
+
+
+@pytest.mark.parametrize("prompts", [b"abc", {"prompt": "a"}, [{"prompt": "a"}], [["a"]], [b"abc"], [1.5], 7])
+def test_what_is_no_prompt(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=r"must be .*, got "):
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "error"),
     [
@@ -121,6 +143,7 @@ def test_streams_beside_each_other(llm: LLM) -> None:
         ([-1], GREEDY, InvalidRequestError),
         ([5] * 1024, GREEDY, ContextLengthError),
         ([5] * 1000, SamplingParams(max_tokens=25), ContextLengthError),
+        ("x" * 10**6, GREEDY, ContextLengthError),
         ("x", SamplingParams(stop_token_ids=(10**6,)), InvalidRequestError),
         ("\ud800", GREEDY, InvalidRequestError),
     ],

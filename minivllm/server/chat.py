@@ -87,11 +87,18 @@ class ChatTurn:
             markers.update(ReasoningSplitter.markers)
         return self._tokenizer.special_ids_of(markers)
 
-    def prepare(self, sampling: SamplingParams) -> tuple[list[list[int]], SamplingParams]:
-        """The prompt's token ids, in a list, and the parameters with the grammar of the answer."""
+    def prepare(
+        self, sampling: SamplingParams, max_tokens: int | None
+    ) -> tuple[list[list[int]], SamplingParams]:
+        """The prompt's token ids, in a list, and the parameters with the grammar of the answer.
+
+        A prompt that must have more than ``max_tokens`` is refused.
+        """
         prompt = self.render()
         self._is_reasoning = self._style.reasons and prompt.rstrip().endswith(reasoning.OPEN)
-        ids = self._tokenizer.encode(prompt, add_special_tokens=bool(self._body.add_special_tokens))
+        ids = self._tokenizer.encode(
+            prompt, add_special_tokens=bool(self._body.add_special_tokens), max_tokens=max_tokens
+        )
         grammar = self._grammar()
         if grammar is None:
             return [ids], sampling

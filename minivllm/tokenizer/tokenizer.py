@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from minivllm.errors import InvalidRequestError
+from minivllm.errors import ContextLengthError, InvalidRequestError
 from minivllm.tokenizer.alphabet import read_alphabet
 
 if TYPE_CHECKING:
@@ -95,22 +95,42 @@ class Tokenizer:
         """Whether one space at the very start of a text isn't shown (SentencePiece put it there)."""
         return self._alphabet.strips_leading_space
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
         """Token ids of ``text``; with ``add_special_tokens`` between the model's BOS and EOS, if it has any.
 
         Special tokens spelled out in ``text`` become their ids. Text from a chat template brings its
-        own BOS: encode it with ``add_special_tokens=False``.
+        own BOS: encode it with ``add_special_tokens=False``. Other threads run meanwhile.
 
-        Raises :class:`InvalidRequestError` for a lone surrogate, which is no character.
+        Raises:
+            InvalidRequestError: a lone surrogate, which is no character.
+            ContextLengthError: the text is longer than any ``max_tokens`` tokens. It isn't looked at then:
+                megabytes would take seconds, and a gigabyte of memory.
         """
         try:
-            text.encode()
+            num_bytes = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
                 f"the text can't be encoded: character {error.start} is a lone surrogate "
                 f"(U+{ord(text[error.start]):04X})"
             ) from None
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Finding the longest token takes a walk over the vocabulary: only for a text that is long at all.
+        if max_tokens is not None and num_bytes > max_tokens and num_bytes > max_tokens * self.longest_token:
+            raise ContextLengthError(
+                f"this model's maximum context length is {max_tokens} tokens of at most {self.longest_token} "
+                f"bytes each, but the prompt has {num_bytes} bytes: shorten it",
+                param="prompt",
+            )
+        # Not encode(), which keeps all other threads waiting, and works out where each token came from.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token."""
+        return max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``; bytes that aren't UTF-8 become U+FFFD, an unknown id shows nothing.

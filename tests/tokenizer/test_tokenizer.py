@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from minivllm.errors import InvalidRequestError, ModelLoadError
+from minivllm.errors import ContextLengthError, InvalidRequestError, ModelLoadError
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 from .vocabularies import HARD_TEXTS, texts
@@ -56,6 +56,18 @@ def test_added_tokens_are_plain_text_in_a_byte_level_vocabulary() -> None:
     tokenizer = Tokenizer(backend, special_tokens={})
     assert [tokenizer.token_bytes(i) for i in range(4)] == [b"\xc4\xa0", b"\xc3", b"\xa9", "é".encode()]
     assert tokenizer.decode([1, 2, 3]) == "éé"
+
+
+def test_what_no_tokens_can_hold_is_refused_unread(tokenizer: Tokenizer) -> None:
+    longest = max(range(tokenizer.vocab_size), key=lambda token_id: len(tokenizer.token_bytes(token_id)))
+    size = tokenizer.longest_token
+    assert size == len(tokenizer.token_bytes(longest))
+    text = "x" * (5 * size)
+    assert tokenizer.encode(text, max_tokens=5) == tokenizer.encode(text)
+    with pytest.raises(
+        ContextLengthError, match=rf"5 tokens of at most {size} bytes.* has {5 * size + 1} bytes"
+    ):
+        tokenizer.encode(text + "x", max_tokens=5)
 
 
 @pytest.mark.parametrize("text", ["\ud800", "abc\udfff", "😀\ud83d"])
