@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from minivllm import __version__
@@ -41,15 +42,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: str, argv: list[str]) -> int:
     """Run one command; what goes wrong becomes one line on standard error."""
+    _open_missing_streams()
     module = importlib.import_module(COMMANDS[command][0])
     try:
         code: int = module.main(argv)
+        sys.stdout.flush()
     except MinivllmError as error:
         print(f"minivllm {command}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InvalidRequestError) else 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes there
+        return 141
+    except OSError as error:
+        print(f"minivllm {command}: error: {error}", file=sys.stderr)
+        return 1
     return code
+
+
+def _open_missing_streams() -> None:
+    """Where standard error, say, is closed, have it go nowhere, for this process and its children."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: the one that was closed
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from it, so that a setting is written down once. Values are checked in ``__post_
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field, fields
@@ -260,6 +261,8 @@ class ServerConfig:
         _check_fields(self)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
+        if self.served_model_name == "":
+            raise ConfigError("--served-model-name must be a name, got none")
         self._check_origins()
         if re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix) is None:
             raise ConfigError(
@@ -334,6 +337,8 @@ def _check_fields(config: Any) -> None:
             wanted = " or ".join(_KINDS.get(kind, "None") for kind in kinds)
             given = repr(value) if item.repr else type(value).__name__  # a secret stays one
             raise ConfigError(f"{flag(item.name)} must be {wanted}, got {given}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{flag(item.name)} must be a finite number, got {value}")
         if choices is not None and value not in choices:
             raise ConfigError(f"{flag(item.name)} must be one of {', '.join(choices)}, got {value!r}")
 

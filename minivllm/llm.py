@@ -172,6 +172,8 @@ class LLM:
             events = inbox.copy()
             inbox.clear()
         for event in events:
+            if event.is_refusal:
+                raise InvalidRequestError(f"the engine refused this request: {event.error}")
             if event.finish_reason is FinishReason.ERROR:
                 raise RequestFailedError(f"the engine failed on this request: {event.error}")
         return events

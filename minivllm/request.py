@@ -96,7 +96,9 @@ class SamplingParams:
         self._check_int("n", self.n, 1, MAX_N)
         if self.max_tokens is not None:
             self._check_int("max_tokens", self.max_tokens, 1, None)
-        self._check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        self._check_int("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            self._refuse("min_tokens", f"at most {self.max_tokens} (max_tokens)", self.min_tokens)
         self._check_float("temperature", self.temperature, 0.0, 100.0)
         self._check_float("top_p", self.top_p, 0.0, 1.0, exclusive_low=True)
         self._check_int("top_k", self.top_k, -1, None)
@@ -305,6 +307,8 @@ class EngineEvent:
     """In a request's last event; so far as they are known, in that of its first token, too."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """With its first token, where it asked for them: one for each token of its prompt but the first."""
+    is_refusal: bool = False
+    """Whether the ``error`` is what it asked for, such as a grammar that takes too long."""
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import ipaddress
 import logging
@@ -84,12 +85,27 @@ async def serve(
 ) -> None:
     """Start the engine, then the HTTP server; on a signal drain, then stop both.
 
-    A signal during start-up, or a second one, cancels this at once.
+    A signal during start-up ends it, and a second one cancels this at once.
 
     Raises:
         StartupError: the port, the model, a flag or the memory is not as it must be.
     """
     signals = _Signals()
+    try:
+        await _serve(engine_config, server_config, api_keys, started, signals)
+    except asyncio.CancelledError:
+        if not signals.is_first_of_start_up:
+            raise
+        logger.info("stopped before it could serve")
+
+
+async def _serve(
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+    api_keys: ApiKeys | None,
+    started: float,
+    signals: _Signals,
+) -> None:
     with _observers(server_config) as observers, contextlib.closing(_bind(server_config)) as listener:
         if api_keys is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             logger.warning(
@@ -153,6 +169,7 @@ async def serve(
             serving = asyncio.create_task(http.serve(sockets=[listener]))
             await http.is_listening.wait()
             host, port = listener.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
             seconds = time.monotonic() - started
             scheme = "http" if server_config.ssl_certfile is None else "https"
             logger.info("serving %s on %s://%s:%d after %.2f s", name, scheme, host, port, seconds)
@@ -198,6 +215,7 @@ class _Signals:
     def __init__(self) -> None:
         self._task = asyncio.current_task()
         self._is_serving = False
+        self._num_received = 0
         self._stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._handle)
@@ -207,7 +225,13 @@ class _Signals:
         self._is_serving = True
         await self._stop.wait()
 
+    @property
+    def is_first_of_start_up(self) -> bool:
+        """Whether a single signal has come, and before there was anything to drain."""
+        return self._num_received == 1 and not self._is_serving
+
     def _handle(self) -> None:
+        self._num_received += 1
         if self._is_serving and not self._stop.is_set():
             self._stop.set()
         elif self._task is not None:
@@ -225,9 +249,11 @@ def _bind(config: ServerConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()
+        # A name that nobody knows, or an address of another machine: no port helps.
+        is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        advice = "--host" if is_host else "--port, or 0 for any free one"
         raise ConfigError(
-            f"can't listen on {config.host} port {config.port}: {error.strerror}; "
-            "choose another --port, or 0 for any free one"
+            f"can't listen on {config.host} port {config.port}: {error.strerror}; choose another {advice}"
         ) from None
     return listener
 

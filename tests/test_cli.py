@@ -100,6 +100,8 @@ def test_the_benchmarks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["chat", "--temprature", "3"], ["did you mean --temperature?"]),
         (["serve", "stray"], ["unknown argument stray"]),
         (["serve", "--max-num-seqs", "0"], ["--max-num-seqs must be at least 1, got 0"]),
+        (["serve", "--shutdown-timeout", "nan"], ["--shutdown-timeout must be a finite number, got nan"]),
+        (["serve", "--served-model-name", ""], ["--served-model-name must be a name"]),
         (["serve", "--port", "70000"], ["--port must be from 0 to 65535, got 70000"]),
         (["serve", "--kv-cache-memory", "64QB"], ["--kv-cache-memory", "64QB", "64MB"]),
         (["serve", "--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
@@ -161,6 +163,34 @@ def test_generate_prints_the_completion() -> None:
     result = run_command("generate", "The capital of France is", "--max-tokens", "5")
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
+
+
+def test_who_reads_the_output_may_leave() -> None:
+    command = [sys.executable, "-m", "minivllm.cli", "generate", "Once upon a time", "--max-tokens", "2000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "minivllm.cli", "generate", "x", "--max-tokens", "2"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr == "minivllm generate: error: [Errno 28] No space left on device\n"
+
+
+def test_standard_error_may_be_closed() -> None:
+    script = 'exec "$0" -m minivllm.cli generate "The capital of France is" --max-tokens 5 2>&- <&-'
+    result = subprocess.run(
+        ["sh", "-c", script, sys.executable], stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    assert (result.returncode, "Paris" in result.stdout) == (0, True)
 
 
 def test_generate_says_what_is_wrong_with_a_prompt() -> None:

@@ -21,6 +21,7 @@ from minivllm.engine import messages
 from minivllm.errors import (
     DeadlineError,
     EngineDeadError,
+    InvalidRequestError,
     MessageError,
     MinivllmError,
     RequestFailedError,
@@ -192,6 +193,7 @@ class EngineClient:
         it, or be cancelled) aborts the request, and its blocks are free within a step.
 
         Raises:
+            InvalidRequestError: what the request asks for turned out to be too much.
             RequestFailedError: the engine failed while it computed this request.
             DeadlineError: it wasn't finished within ``terms.timeout``.
             EngineDeadError: the engine process died.
@@ -214,6 +216,8 @@ class EngineClient:
                 is_finished = event.finish_reason is not None
                 if event.finish_reason is FinishReason.TIMEOUT:
                     raise DeadlineError("the request wasn't finished within the timeout that it gave")
+                if event.is_refusal:
+                    raise InvalidRequestError(event.error or "the engine refused the request")
                 if event.finish_reason is FinishReason.ERROR:
                     raise RequestFailedError(f"the engine failed on this request: {event.error}")
                 yield event

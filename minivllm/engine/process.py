@@ -124,7 +124,8 @@ def _handle(engine: Engine, message: messages.ToEngine) -> list[EngineEvent]:
     try:
         engine.add(message.request_id, message.prompt_token_ids, message.sampling, message.terms)
     except InvalidRequestError as error:
-        return [EngineEvent(message.request_id, [], finish_reason=FinishReason.ERROR, error=str(error))]
+        reason, text = FinishReason.ERROR, str(error)
+        return [EngineEvent(message.request_id, [], finish_reason=reason, error=text, is_refusal=True)]
     return []
 
 

@@ -142,8 +142,8 @@ class Scheduler(ABC):
         return self._finish(request, [], FinishReason.ABORT)
 
     def refuse(self, request: Request, error: str) -> EngineEvent:
-        """End a waiting request that can't be served after all."""
-        return self._finish(request, [], FinishReason.ERROR, error=error)
+        """End a waiting or running request that can't be served after all, for what it asks."""
+        return self._finish(request, [], FinishReason.ERROR, error=error, is_refusal=True)
 
     def expire(self, request: Request) -> EngineEvent:
         """End a waiting or running request whose deadline has passed."""
@@ -242,7 +242,7 @@ class Scheduler(ABC):
                     events.append(EngineEvent(request.request_id, []))  # it doesn't wait any more
                 continue
             if token.error is not None:
-                events.append(self._finish(request, [], FinishReason.ERROR, error=token.error))
+                events.append(self.refuse(request, token.error))
                 continue
             num_tokens = item.start + item.num_tokens + 1
             request.token_ids[num_tokens - 1] = token.token_id
@@ -324,6 +324,7 @@ class Scheduler(ABC):
         *,
         logprobs: list[TokenLogprob] | None = None,
         error: str | None = None,
+        is_refusal: bool = False,
     ) -> EngineEvent:
         """Take a request out of its queue and free its blocks, which a running step may still write to."""
         if request.block_table:
@@ -333,7 +334,10 @@ class Scheduler(ABC):
             self.waiting.remove(request)
         request.is_finished = True
         request.metrics.finished_time = self.clock()
-        return EngineEvent(request.request_id, new_token_ids, logprobs, reason, error, request.metrics)
+        metrics = request.metrics
+        return EngineEvent(
+            request.request_id, new_token_ids, logprobs, reason, error, metrics, is_refusal=is_refusal
+        )
 
 
 class ContinuousScheduler(Scheduler):

@@ -14,13 +14,14 @@ from minivllm_kernels import KernelBackend, PackedRows, get_backend
 from minivllm_kernels.cpu import instruction_sets
 
 from minivllm.config import EngineConfig, format_size
+from minivllm.engine.batch import FlatBatch
 from minivllm.engine.decode_graphs import CudaRecorder, DecodeGraphs, graph_sizes
 from minivllm.engine.engine import Engine
 from minivllm.engine.grammar import Grammars
 from minivllm.engine.memory import device_memory, estimate_workspace, most_tokens, plan_memory
 from minivllm.engine.runner import TorchRunner
 from minivllm.engine.steps import Sink
-from minivllm.errors import ConfigError, OutOfMemoryError
+from minivllm.errors import ConfigError, ModelLoadError, OutOfMemoryError
 from minivllm.models.layers import Placement
 from minivllm.models.llama import Llama
 from minivllm.request import EngineInfo
@@ -123,6 +124,7 @@ def make_engine(
         eos_token_ids=eos_token_ids,
         grammars=grammars,
     )
+    _check_weights(model, runner, files)
     if sizes:
         with stage("decode graphs recorded"):
             runner.graphs = DecodeGraphs(
@@ -148,6 +150,18 @@ def make_engine(
         sinks=sinks if trace is None else (trace, *sinks),
         idle_work=runner.touch_pool(),
     )
+
+
+@torch.inference_mode()
+def _check_weights(model: Llama, runner: TorchRunner, files: ModelFiles) -> None:
+    """Compute one token: damaged weights mostly make NaN of everything, and answers of that look empty."""
+    padding_block = runner.pool.layers[0].k_PKSD.shape[0] - 1
+    logits_LV = model(FlatBatch.padding(1, 1, padding_block, model.placement.device), runner.pool)
+    if not logits_LV.isfinite().all():
+        raise ModelLoadError(
+            f"{files.path}: the weights give logits that aren't finite numbers: the file is damaged, or its "
+            f"numbers don't fit into --dtype {str(model.placement.dtype).removeprefix('torch.')}"
+        )
 
 
 def _device_name(device: torch.device) -> str:

@@ -68,7 +68,11 @@ class JsonRequest(Request):
     """
 
     async def json(self) -> Any:
-        """The parsed body. Raises ``HTTPException`` (400), which FastAPI passes on as it is."""
+        """The parsed body. Raises ``HTTPException`` (400 or 415), which FastAPI passes on as it is."""
+        encoding = self.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            message = f"the body must not be compressed, got Content-Encoding: {encoding[:80]}"
+            raise HTTPException(415, message)
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:

@@ -33,6 +33,8 @@ _EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
     "literal_error": "one of {expected}",
+    "int_parsing": "an integer",
+    "greater_than": "greater than {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
     "string_pattern_mismatch": "a string that matches {pattern}",

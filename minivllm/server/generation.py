@@ -111,10 +111,8 @@ async def _run_sample(
                 ticket.num_used_tokens += len(event.new_token_ids)
                 if not event.new_token_ids and event.finish_reason is None:
                     continue  # its prompt has been begun, and that is all
-                if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-                    raise RequestFailedError(
-                        event.error or "the engine ended the request before it was finished"
-                    )
+                if event.finish_reason is FinishReason.ABORT:
+                    raise RequestFailedError("the engine ended the request before it was finished")
                 delta = stream.push(event)
                 if on_delta is not None:
                     await on_delta(sample.index, delta)

@@ -64,11 +64,11 @@ class ResponseFormat(StrictModel):
 
     @model_validator(mode="after")
     def _check_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
+        if self.type == "json_schema" and self.json_schema is None:
+            raise InvalidRequestError("json_schema is required with type 'json_schema'", param="json_schema")
+        if self.type != "json_schema" and self.json_schema is not None:
             raise InvalidRequestError(
-                "json_schema is required with type 'json_schema', and only allowed there, "
-                f"but type is {self.type!r}",
-                param="json_schema",
+                f"json_schema needs type 'json_schema', got {self.type!r}", param="json_schema"
             )
         return self
 

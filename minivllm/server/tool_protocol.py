@@ -148,7 +148,9 @@ class CalledFunction(StrictModel):
         return self
 
     def parsed_arguments(self) -> dict[str, Any]:
-        """The arguments, as chat templates take them."""
+        """The arguments, as chat templates take them. Streamed deltas of none add up to no text."""
+        if not self.arguments:
+            return {}
         try:
             arguments = from_json(self.arguments, allow_inf_nan=False)
         except ValueError as error:

@@ -19,7 +19,7 @@ import pytest
 from minivllm.config import EngineConfig
 from minivllm.engine.client import EngineClient
 from minivllm.engine.startup import build_engine
-from minivllm.errors import EngineDeadError, ShuttingDownError, StartupError
+from minivllm.errors import EngineDeadError, InvalidRequestError, ShuttingDownError, StartupError
 from minivllm.request import FinishReason, SamplingParams
 from minivllm.weights.files import resolve_model
 from tests.conftest import run_all
@@ -100,6 +100,17 @@ def test_leaving_early_frees_the_blocks(config: EngineConfig) -> None:
             assert len(await tokens_of(client, "next", [5] * 100, SHORT)) == 20
 
     asyncio.run(leave_while_others_run())
+
+
+def test_what_the_engine_refuses_is_the_request_s_fault(config: EngineConfig) -> None:
+    async def ask() -> None:
+        async with running(config) as client:
+            sampling = SamplingParams(max_tokens=5, grammar="start: nothing")
+            with pytest.raises(InvalidRequestError):
+                await tokens_of(client, "a", [5] * 40, sampling)
+            assert len(await tokens_of(client, "b", [5] * 40, SHORT)) == 20
+
+    asyncio.run(ask())
 
 
 def test_finished_requests_carry_their_history(config: EngineConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from typing import Any
 from unittest.mock import ANY
 
@@ -60,8 +61,8 @@ BAD_COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 256}, "max_tokens", f"maximum context length is {MAX_MODEL_LEN} tokens"),
     ({"max_tokens": 10**400}, "max_tokens", "at most 9223372036854775807"),
     ({"min_tokens": -1}, "min_tokens", "at least 0, got -1"),
-    ({"min_tokens": 17}, "min_tokens", "at most 16, got 17"),
-    ({"min_tokens": 4, "max_tokens": 3}, "min_tokens", "at most 3, got 4"),
+    ({"min_tokens": 17}, "min_tokens", "at most 16 (max_tokens), got 17"),
+    ({"min_tokens": 4, "max_tokens": 3}, "min_tokens", "at most 3 (max_tokens), got 4"),
     ({"n": 0}, "n", "at least 1, got 0"),
     ({"n": 129}, "n", "at most 128, got 129"),
     ({"n": 5000}, "n", "at most 128, got 5000"),
@@ -274,6 +275,12 @@ def test_body_that_does_not_say_it_is_json(server: RunningServer, content_type: 
     headers = {} if content_type is None else {"Content-Type": content_type}
     response = server.http.post(COMPLETIONS, content=b'{"prompt": "x"}', headers=headers)
     says(response, 400, None, "Content-Type: application/json")
+
+
+def test_a_compressed_body(server: RunningServer) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    response = server.http.post(COMPLETIONS, content=gzip.compress(b'{"prompt": "x"}'), headers=headers)
+    says(response, 415, None, "must not be compressed, got Content-Encoding: gzip")
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])

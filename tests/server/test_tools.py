@@ -305,6 +305,17 @@ def test_special_tokens_are_shown_to_the_parser() -> None:
         server.close()
 
 
+def test_a_call_without_arguments_in_history(hermes: RunningServer) -> None:
+    """Clients that add up the deltas of a function without parameters may have no text at all."""
+    call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": ""}}
+    history = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "12:00"},
+    ]
+    assert ask(hermes, "Noon.", messages=history)["message"]["content"] == "Noon."
+
+
 def test_no_grammar_where_the_model_is_free(hermes: RunningServer) -> None:
     for fields in (
         {"tools": TOOLS},

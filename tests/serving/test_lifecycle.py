@@ -208,6 +208,31 @@ def test_a_taken_port_is_one_line() -> None:
     assert "--port" in result.stderr
 
 
+def test_a_host_that_is_not_there_is_one_line() -> None:
+    result = run_serve("--host", "nowhere.invalid")
+    assert result.returncode == 1
+    assert result.stderr.endswith("; choose another --host\n")
+
+
+def test_sigterm_during_start_up_is_no_failure(tiny: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "minivllm.serve", "--port", "0", *tiny]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.parent.exists():
+            process.kill()
+            pytest.skip("finds the engine process in /proc")
+        deadline = time.monotonic() + 60
+        while not children.read_text():  # the engine process is started after signals are listened to
+            assert time.monotonic() < deadline, "no engine process within 60 s"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        log = process.stderr.read()
+    assert process.returncode == 0
+    assert "stopped before it could serve" in log or "stopping: 0 requests" in log
+    assert "Traceback" not in log
+
+
 def test_a_model_that_is_not_there_is_one_line() -> None:
     result = run_serve("--model", "/nowhere/model", "--port", "0")
     assert result.returncode == 1

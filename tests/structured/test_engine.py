@@ -50,6 +50,7 @@ class Answer:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     reason: FinishReason | None = None
     error: str | None = None
+    is_refusal: bool = False
     num_preemptions: int = 0
 
 
@@ -65,6 +66,7 @@ def run(engine: Engine, prompts: Sequence[list[int]], params: Sequence[SamplingP
             answer.logprobs += event.logprobs or []
             answer.prompt_logprobs += event.prompt_logprobs or []
             answer.reason, answer.error = event.finish_reason, event.error
+            answer.is_refusal = event.is_refusal
             if event.metrics is not None:
                 answer.num_preemptions = event.metrics.num_preemptions
         engine.check_integrity()
@@ -277,7 +279,7 @@ def test_a_grammar_that_fails_ends_its_own_request_only(make: MakeEngine, tokeni
     ]
     answers = run(make(), [prompt] * 3, [good, *bad])
     assert answers[0] == expected
-    assert [answer.reason for answer in answers[1:]] == [FinishReason.ERROR] * 2
+    assert [(answer.reason, answer.is_refusal) for answer in answers[1:]] == [(FinishReason.ERROR, True)] * 2
     assert "nothing" in str(answers[1].error)
     assert "Too many items" in str(answers[2].error)
 

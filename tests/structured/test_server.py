@@ -174,7 +174,7 @@ def test_nothing_is_fetched(server: RunningServer) -> None:
         (
             {"response_format": {"type": "text", "json_schema": {"name": "a", "schema": {}}}},
             "response_format.json_schema",
-            "only allowed there",
+            "needs type 'json_schema', got 'text'",
         ),
         ({"response_format": json_schema([])}, None, ""),
         ({"response_format": json_schema({}, name="no spaces")}, None, "name"),

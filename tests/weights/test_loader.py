@@ -9,6 +9,8 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
+from minivllm.config import EngineConfig
+from minivllm.engine.startup import build_engine
 from minivllm.errors import ModelLoadError
 from minivllm.weights.files import resolve_model
 from minivllm.weights.loader import check_and_iterate, iter_weights
@@ -48,6 +50,14 @@ def assert_loads(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     for name, tensor in loaded:
         assert tensor.dtype == expected[name].dtype
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_weights_that_make_nothing_finite_are_refused(folder: Path) -> None:
+    norm = load_file(folder / "model.safetensors")["model.norm.weight"]
+    edit(folder / "model.safetensors", model__norm__weight=norm * torch.nan)
+    config = EngineConfig(model=str(folder), device="cpu", kv_cache_memory=2**22)
+    with pytest.raises(ModelLoadError, match=r"logits that aren't finite numbers: the file is damaged"):
+        build_engine(config, resolve_model(str(folder)))
 
 
 def edit(path: Path, **changes: torch.Tensor | None) -> None:
