@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from minivllm.server.body import JsonRequest, JsonRoute
+from minivllm.server.strict import drop_field
 
 logger = logging.getLogger(__name__)
 
@@ -17,25 +18,21 @@ MAX_NAMES_LOGGED = 100
 
 
 class LenientRoute(JsonRoute):
-    """A route that drops a body's fields that it doesn't know or support, instead of refusing them."""
+    """A route that drops a body's fields that it doesn't know or support, wherever they are in it."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """See :meth:`JsonRoute.get_route_handler`."""
-        known: frozenset[str] = frozenset()
-        if self.body_field is not None:
-            known = frozenset(getattr(self.body_field.field_info.annotation, "model_fields", ()))
         logged: set[str] = set()
 
         class LenientRequest(JsonRequest):
             async def json(self) -> Any:
-                data = await super().json()
-                if not isinstance(data, dict):
-                    return data
-                for name in data.keys() - known - logged:
-                    if len(logged) < MAX_NAMES_LOGGED:
-                        logged.add(name)
-                        logger.warning("%s: the field %.80r is ignored", self.url.path, name)
-                return {name: value for name, value in data.items() if name in known}
+                drop_field.set(self._log)  # for what validates this body, in this task
+                return await super().json()
+
+            def _log(self, name: str) -> None:
+                if name not in logged and len(logged) < MAX_NAMES_LOGGED:
+                    logged.add(name)
+                    logger.warning("%s: the field %.80r is ignored", self.url.path, name)
 
         self.request_class = LenientRequest
         return super().get_route_handler()

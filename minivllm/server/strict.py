@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -12,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from minivllm.errors import InvalidRequestError
 from minivllm.server.openapi import allow_nulls
 
+drop_field: ContextVar[Callable[[str], None] | None] = ContextVar("drop_field", default=None)
+"""Told of each field that is dropped, while a body is validated that may have more than its models do."""
+
 
 class StrictModel(BaseModel):
-    """Accepts exactly the fields it declares."""
+    """Accepts exactly the fields it declares, unless :data:`drop_field` is set."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, json_schema_extra=allow_nulls)
 
@@ -29,17 +33,28 @@ class StrictModel(BaseModel):
         if not isinstance(data, dict):
             return data  # pydantic's own check says what it should be
         given = {name: value for name, value in data.items() if value is not None}
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        for name in given:
-            if name in cls.unsupported:
-                raise InvalidRequestError(f"{name!r} is not supported", param=name)
-            if name in cls.replaced:
-                raise InvalidRequestError(
-                    f"{name!r} is not supported: use {cls.replaced[name]!r} instead", param=name
-                )
-            if name not in known:
-                name = name[:80]
-                nearest = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise InvalidRequestError(f"unknown field {name!r}{hint}", param=name)
+        drop = drop_field.get()
+        for name in list(given):
+            error = cls._check_name(name)
+            if error is not None and drop is not None:
+                drop(name)
+                del given[name]
+            elif error is not None:
+                raise error
         return given
+
+    @classmethod
+    def _check_name(cls, name: str) -> InvalidRequestError | None:
+        """What is wrong with a field of this name, if anything is."""
+        if name in cls.unsupported:
+            return InvalidRequestError(f"{name!r} is not supported", param=name)
+        if name in cls.replaced:
+            instead = cls.replaced[name]
+            return InvalidRequestError(f"{name!r} is not supported: use {instead!r} instead", param=name)
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        if name in known:
+            return None
+        name = name[:80]
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        return InvalidRequestError(f"unknown field {name!r}{hint}", param=name)

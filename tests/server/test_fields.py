@@ -215,10 +215,22 @@ def test_unknown_fields_are_ignored_on_request(
         assert server.http.post(COMPLETIONS, json={"prompt": "a", "temperature": -1}).status_code == 400
         assert server.http.post(COMPLETIONS, json=[1]).status_code == 400
         assert server.http.post("/tokenize", json={"prompt": "ab", "xyz": 1}).json()["count"] == 2
+        part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+        history = [
+            {"role": "user", "content": [part]},
+            {"role": "assistant", "content": "b", "annotations": []},
+            {"role": "user", "content": "c"},
+        ]
+        body = {"messages": history, "max_tokens": 1, "stream_options": {"x": 1}, "stream": True}
+        assert server.http.post(CHAT, json=body).status_code == 200
+        assert server.http.post(CHAT, json={**body, "messages": [{"role": "user"}]}).status_code == 400
         server.close()
     messages = [record.getMessage() for record in caplog.records if "is ignored" in record.getMessage()]
     assert sorted(messages) == [
         "/tokenize: the field 'xyz' is ignored",
+        "/v1/chat/completions: the field 'annotations' is ignored",
+        "/v1/chat/completions: the field 'cache_control' is ignored",
+        "/v1/chat/completions: the field 'x' is ignored",
         "/v1/completions: the field 'suffix' is ignored",
         "/v1/completions: the field 'temprature' is ignored",
     ]
