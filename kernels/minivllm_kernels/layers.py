@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from typing import TypeVar
 
 import torch
 
 from minivllm_kernels.packed import PackedWeight
+
+T = TypeVar("T")
 
 Weight = torch.Tensor | PackedWeight
 """A matrix [rows, N]: a tensor, or one of 4 or 8 bits."""
@@ -104,11 +107,7 @@ class DecoderWeights:
     @cached_property
     def sizes(self) -> tuple[int, int, int, int]:
         """A layer's, the same for all. Raises ValueError where one differs."""
-        first = self.layers[0].sizes
-        for layer in self.layers:
-            if layer.sizes != first:
-                raise ValueError(f"all layers must be as the first, {first}, got {layer.sizes}")
-        return first
+        return _common([layer.sizes for layer in self.layers])
 
     @cached_property
     def addresses(self) -> array[int]:
@@ -125,11 +124,7 @@ class KVPool:
     @cached_property
     def layout(self) -> tuple[torch.Size, torch.dtype]:
         """A layer's, the same for all. Raises ValueError where one differs."""
-        first = self.layers[0].layout
-        for cache in self.layers:
-            if cache.layout != first:
-                raise ValueError(f"all layers must be as the first, {first}, got {cache.layout}")
-        return first
+        return _common([cache.layout for cache in self.layers])
 
     @cached_property
     def addresses(self) -> array[int]:
@@ -143,6 +138,13 @@ class KVPool:
                 for name in ("k_PKSD", "v_PKSD")
             ],
         )
+
+
+def _common(values: list[T]) -> T:
+    for value in values:
+        if value != values[0]:
+            raise ValueError(f"all layers must be as the first, {values[0]}, got {value}")
+    return values[0]
 
 
 def address(
