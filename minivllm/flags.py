@@ -9,6 +9,7 @@ from collections.abc import Container, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from minivllm import __version__
 from minivllm.config import PRESETS, flag, format_size, parse_size
 from minivllm.errors import ConfigError
 
@@ -20,6 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog, description=description, allow_abbrev=False)
+        self.add_argument("--version", action="version", version=f"minivllm {__version__}")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The flags that were given, and only those. Ends the program for an unknown or malformed one."""

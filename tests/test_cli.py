@@ -136,9 +136,10 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert "serve" in capsys.readouterr().err
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [[], ["serve"], ["bench", "serve"]])
+def test_version(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     with pytest.raises(SystemExit) as e:
-        cli.main(["--version"])
+        cli.main([*command, "--version"])
     assert e.value.code == 0
     assert capsys.readouterr().out == f"minivllm {importlib.import_module('minivllm').__version__}\n"
 
