@@ -22,9 +22,10 @@ from tokenizers import AddedToken
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 
 from minivllm.config import ServerConfig
-from minivllm.errors import EngineDeadError, EngineRestartingError, RequestFailedError
+from minivllm.errors import DeadlineError, EngineDeadError, EngineRestartingError, RequestFailedError
 from minivllm.request import (
     DEFAULT_TERMS,
     EngineEvent,
@@ -57,12 +58,19 @@ CHAT_TEMPLATE = (
 ANSWER = "Ein schöner Tag 🦙!"
 
 
-def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
-    """Token i is byte i: easy to count, and every character beyond ASCII is spread over several tokens."""
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE, *, adds_bos: bool = False) -> Tokenizer:
+    """Token i is byte i: easy to count, and every character beyond ASCII is spread over several tokens.
+
+    With ``adds_bos``, :data:`BOS` begins a text where special tokens are asked for.
+    """
     backend = tokenizers.Tokenizer(BPE({BYTE_TO_CHAR[byte]: byte for byte in range(256)}, []))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = ByteLevelDecoder()
     backend.add_special_tokens([AddedToken(BOS, special=True), AddedToken(EOS, special=True)])
+    if adds_bos:
+        backend.post_processor = TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
+        )
     return Tokenizer(
         backend, special_tokens={"bos_token": BOS, "eos_token": EOS}, chat_template=chat_template
     )
@@ -73,8 +81,9 @@ class FakeEngine:
 
     ``[hang]``: one token, then nothing. ``[fail]``: one token, then an error in the first sample; the
     others hang. ``[die]``: one token, then the engine is dead. ``[crash]``: an error that nobody foresaw.
-    ``[stop]``: one token, then the request is aborted from inside. With a seed, the answer starts
-    with it; with ``ignore_eos``, with an end token.
+    ``[late]``: one token, then its deadline has passed. ``[stop]``: one token, then the request is aborted
+    from inside. With a seed, the answer starts with it; with ``ignore_eos``, with an end token. A zero byte
+    in a prompt has no probability at all.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -119,7 +128,10 @@ class FakeEngine:
                 if place == 0 and sampling.prompt_logprobs is not None:
                     event.prompt_logprobs = [
                         TokenLogprob(
-                            token, -float(index), [(7, -0.5)][: sampling.prompt_logprobs], rank=index
+                            token,
+                            -float(index) if token else float("-inf"),
+                            [(7, -0.5), (0, float("-inf"))][: sampling.prompt_logprobs],
+                            rank=index,
                         )
                         for index, token in enumerate(prompt_token_ids[1:], start=1)
                     ]
@@ -160,6 +172,8 @@ class FakeEngine:
             await asyncio.Event().wait()
         if "[die]" in prompt:
             raise EngineDeadError("the engine process ended with code -9")
+        if "[late]" in prompt:
+            raise DeadlineError("the request wasn't finished in time")
         if "[crash]" in prompt:
             raise RuntimeError("secret details")
 

@@ -158,6 +158,14 @@ def test_refusals(server: Logged) -> None:
     assert {line["finish_reasons"][0] for line in server.lines() if line.get("finish_reasons")} == {"error"}
 
 
+@pytest.mark.parametrize(("is_streamed", "status"), [(False, 504), (True, 200)])
+def test_a_deadline_that_passes(server: Logged, is_streamed: bool, status: int) -> None:
+    server.http.post("/v1/completions", json={"prompt": "[late]", "stream": is_streamed})
+    line = server.after()
+    assert (line["status"], line["error"], line["client_left"]) == (status, "deadline_exceeded", False)
+    assert line["finish_reasons"] == ["timeout"]
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_a_client_that_leaves(server: Logged, is_streamed: bool) -> None:
     body = json.dumps({"prompt": "[hang]", "stream": is_streamed})
@@ -220,6 +228,15 @@ def test_a_client_cannot_write_lines_of_its_own(server: Logged) -> None:
     line = server.after()
     assert line["route"] == '/\n{"id":1}\x00'
     assert len(server.path.read_bytes().splitlines()) == 1
+
+
+def test_long_names_are_cut(server: Logged) -> None:
+    """A client's model and path, which may have thousands of characters."""
+    server.http.post("/v1/completions", json={"prompt": "a", "model": "m" * 900})
+    line = server.after()
+    assert (line["error"], line["model"]) == ("model_not_found", "m" * 200)
+    server.http.get("/" + "p" * 900)
+    assert server.after()["route"] == "/" + "p" * 199
 
 
 def test_a_log_that_is_moved_away_is_opened_anew(server: Logged, tmp_path: Path) -> None:

@@ -103,6 +103,17 @@ def test_unforeseen_error_keeps_its_details() -> None:
     }
 
 
+def test_a_deadline_that_passes() -> None:
+    response = ask("POST", "/v1/completions", json={"prompt": "[late]"})
+    assert response.status_code == 504
+    assert response.json()["error"] == {
+        "message": "the request wasn't finished in time",
+        "type": "timeout_error",
+        "param": None,
+        "code": "deadline_exceeded",
+    }
+
+
 def test_tokenize_and_back(server: RunningServer) -> None:
     tokens = server.http.post("/tokenize", json={"prompt": ANSWER + EOS}).json()
     assert tokens["tokens"][:-1] == list(ANSWER.encode())

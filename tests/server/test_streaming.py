@@ -18,6 +18,7 @@ def stream(server: RunningServer, path: str, body: dict[str, Any]) -> tuple[list
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"  # nginx passes each event on at once
     blocks = response.text.split("\n\n")
     assert blocks.pop() == ""
     data = [block.removeprefix("data: ") for block in blocks]
@@ -113,6 +114,7 @@ def test_openai_package_streams(server: RunningServer) -> None:
     [
         ("[fail]", "request_failed", "the step raised"),
         ("[die]", "engine_dead", "ended with code -9"),
+        ("[late]", "deadline_exceeded", "wasn't finished in time"),
         ("[stop]", "request_failed", "before it was finished"),
         ("[crash]", None, "internal error"),
     ],
