@@ -83,6 +83,14 @@ def test_logprobs(server: RunningServer) -> None:
     assert (half_a_character.token, half_a_character.bytes) == ("\ufffd", [0xC3])
 
 
+def test_logprobs_of_minus_infinity(server: RunningServer) -> None:
+    body = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 3, "max_tokens": 1}
+    response = server.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200
+    (entry,) = response.json()["choices"][0]["logprobs"]["content"]
+    assert [top["logprob"] for top in entry["top_logprobs"]] == [-0.25, -1.5, -9999.0]
+
+
 def test_logprobs_without_top(server: RunningServer) -> None:
     answer = server.openai.chat.completions.create(
         model=MODEL, messages=MESSAGES, logprobs=True, max_tokens=1

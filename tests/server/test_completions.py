@@ -132,3 +132,8 @@ def test_offsets_do_not_count_what_is_not_shown(server: RunningServer) -> None:
     assert choice["text"] == "Ei"
     assert choice["logprobs"]["tokens"] == [EOS, "E", "i"]
     assert choice["logprobs"]["text_offset"] == [0, 0, 1]
+    (choice,) = server.http.post("/v1/completions", json=body | {"skip_special_tokens": False}).json()[
+        "choices"
+    ]
+    assert choice["text"] == EOS + "Ei"
+    assert choice["logprobs"]["text_offset"] == [0, len(EOS), len(EOS) + 1]

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from minivllm.config import ServerConfig
-from minivllm.request import SamplingParams
+from minivllm.request import (
+    DEFAULT_TERMS,
+    EngineEvent,
+    FinishReason,
+    RequestMetrics,
+    SamplingParams,
+    Terms,
+    TokenLogprob,
+)
 from minivllm.server.app import create_app
 from minivllm.server.context import ServerState
 from minivllm.tokenizer.tokenizer import Tokenizer
 
-from .fakes import ANSWER, BOS, MODEL, FakeEngine, RunningServer, run_server
+from .fakes import ANSWER, BOS, MODEL, FakeEngine, RunningServer, make_tokenizer, run_server, served
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
@@ -143,19 +153,57 @@ def test_prompt_logprobs_as_vllm_words_them(server: RunningServer) -> None:
     assert "prompt_logprobs" not in answer["choices"][0]
 
 
+def test_what_is_impossible_in_a_prompt(server: RunningServer) -> None:
+    """JSON has no minus infinity."""
+    fields: dict[str, Any] = {"prompt": [97, 0], "max_tokens": 1}
+    (choice,) = complete(server, **fields, prompt_logprobs=2)["choices"]
+    found = {token_id: entry["logprob"] for token_id, entry in choice["prompt_logprobs"][1].items()}
+    assert found == {"0": -9999.0, "7": -0.5}
+    (choice,) = complete(server, **fields, prompt_logprobs=0)["choices"]
+    assert choice["prompt_logprobs"][1]["0"]["logprob"] == -9999.0
+    (choice,) = complete(server, **fields, echo=True, logprobs=0)["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -9999.0, -1.5]
+
+
 # best_of
 
 
-def test_best_of_answers_with_the_likeliest(server: RunningServer) -> None:
-    """The fake's samples are alike: how many there are, and what is counted, is what shows."""
-    answer = complete(server, prompt=["ab", "cd"], best_of=3, n=2)
+class UnequalEngine(FakeEngine):
+    """Each sample says its number, ``lengths`` times, and ``logprobs`` has how likely that is."""
+
+    logprobs = (-3.0, -1.0, -2.0, -2.0, -1.0, -3.0)
+    lengths = (1, 3, 1, 3, 1, 3)
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        terms: Terms = DEFAULT_TERMS,
+    ) -> AsyncGenerator[EngineEvent, None]:
+        number = int(request_id.rpartition("-")[2])
+        token, length = ord("0") + number, self.lengths[number]
+        metrics = RequestMetrics(num_cached_tokens=len(prompt_token_ids) // 2)
+        event = EngineEvent(request_id, [token] * length, None, FinishReason.LENGTH, metrics=metrics)
+        if sampling.logprobs is not None:
+            event.logprobs = [TokenLogprob(token, self.logprobs[number], [])] * length
+        yield event
+
+
+def test_best_of_answers_with_the_likeliest(tokenizer: Tokenizer) -> None:
+    """On average over their tokens, the best first; the tokens of those left out are counted, too."""
+    engine = UnequalEngine(tokenizer)
+    with run_server(create_app(engine, tokenizer, ServerConfig(), MODEL, ServerState())) as port:
+        server = RunningServer(engine, port)
+        answer = complete(server, prompt=["ab", "cd"], best_of=3, n=2)
+        server.close()
+    assert [choice["text"] for choice in answer["choices"]] == ["111", "2", "4", "333"]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert all(choice["logprobs"] is None for choice in answer["choices"])
-    assert len(server.engine.requests) == 6
     assert answer["usage"] == {
         "prompt_tokens": 4,
-        "completion_tokens": 18,
-        "total_tokens": 22,
+        "completion_tokens": 12,
+        "total_tokens": 16,
         "prompt_tokens_details": {"cached_tokens": 2},
     }
 
@@ -180,10 +228,37 @@ def test_no_generation_prompt(server: RunningServer) -> None:
     assert bytes(asked(server)[0]).decode() == "user: Hi\n"
 
 
-def test_special_tokens_around_a_prompt(server: RunningServer) -> None:
-    """The fake tokenizer adds none of its own; what is asked for must at least not be lost."""
-    for value in (True, False):
-        assert complete(server, add_special_tokens=value)["usage"]["prompt_tokens"] == 2
+# special tokens around a prompt
+
+
+@pytest.fixture(scope="module")
+def bos_port() -> Iterator[int]:
+    """Of a server whose tokenizer adds a token."""
+    with served(ServerConfig(), tokenizer=make_tokenizer(adds_bos=True)) as port:
+        yield port
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "num_tokens", "adds_by_itself"),
+    [
+        (COMPLETIONS, {"prompt": "ab"}, 2, True),
+        (CHAT, {"messages": [USER]}, len("user: Hi\nassistant: "), False),
+        ("/tokenize", {"prompt": "ab"}, 2, True),
+        ("/tokenize", {"messages": [USER]}, len("user: Hi\nassistant: "), False),
+    ],
+    ids=["completions", "chat", "tokenize a prompt", "tokenize messages"],
+)
+def test_special_tokens_around_a_prompt(
+    bos_port: int, path: str, body: dict[str, Any], num_tokens: int, adds_by_itself: bool
+) -> None:
+    for value, is_added in ((None, adds_by_itself), (True, True), (False, False)):
+        given = {} if value is None else {"add_special_tokens": value}
+        answer = httpx.post(f"http://127.0.0.1:{bos_port}{path}", json=body | given, timeout=10).json()
+        found = answer["count"] if "count" in answer else answer["usage"]["prompt_tokens"]
+        assert found == num_tokens + is_added, value
+
+
+def test_a_special_token_spelled_out_in_a_prompt(server: RunningServer) -> None:
     assert complete(server, prompt=BOS)["usage"]["prompt_tokens"] == 1
 
 
@@ -199,6 +274,8 @@ def test_every_chunk_counts(server: RunningServer, include_usage: bool) -> None:
     assert counts[-1] == 6
     assert all(chunk["usage"]["prompt_tokens"] == 2 for chunk in chunks)
     assert (chunks[-1]["choices"] == []) == include_usage
+    if include_usage:
+        assert chunks[-1]["usage"] == complete(server, n=2)["usage"], "with its details"
 
 
 def test_unknown_fields_are_ignored_on_request(
@@ -234,3 +311,15 @@ def test_unknown_fields_are_ignored_on_request(
         "/v1/completions: the field 'suffix' is ignored",
         "/v1/completions: the field 'temprature' is ignored",
     ]
+
+
+def test_no_more_than_so_many_ignored_fields_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A client that makes up names fills no disk."""
+    names = dict.fromkeys((f"field_{number}" for number in range(150)), 1)
+    with served(ServerConfig(ignore_unknown_fields=True)) as port:
+        for _ in range(2):
+            answer = httpx.post(
+                f"http://127.0.0.1:{port}{COMPLETIONS}", json={"prompt": "ab", **names}, timeout=10
+            )
+            assert answer.status_code == 200
+    assert sum("is ignored" in record.getMessage() for record in caplog.records) == 100
