@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from minivllm.config import ServerConfig
 from minivllm.errors import InvalidRequestError, OverloadedError, RateLimitError
+from minivllm.request import EngineEvent
 from minivllm.server.admission import WaitingRoom
 from minivllm.server.app import create_app
 from minivllm.server.context import ServerState
@@ -33,10 +34,30 @@ class GatedEngine(FakeEngine):
     def __init__(self) -> None:
         super().__init__(make_tokenizer())
         self.gate = asyncio.Event()
+        self.is_asked = asyncio.Event()
+        """Set when the first request has come as far as here."""
 
     async def generate(self, *args: Any) -> AsyncIterator[Any]:
+        self.is_asked.set()
         await self.gate.wait()
         async for event in super().generate(*args):
+            yield event
+
+
+class LongPromptEngine(FakeEngine):
+    """Begins with ``[wait]``, and never comes to its first token."""
+
+    def __init__(self) -> None:
+        super().__init__(make_tokenizer())
+        self.has_begun = asyncio.Event()
+        """Set when the server has taken in that it was begun."""
+
+    async def generate(self, request_id: str, prompt_token_ids: list[int], *args: Any) -> AsyncIterator[Any]:
+        if bytes(prompt_token_ids) == b"[wait]":
+            yield EngineEvent(request_id, [])
+            self.has_begun.set()
+            await asyncio.Event().wait()
+        async for event in super().generate(request_id, prompt_token_ids, *args):
             yield event
 
 
@@ -139,6 +160,25 @@ def test_places_in_the_queue() -> None:
     asyncio.run(run())
 
 
+def test_a_prompt_that_was_begun_waits_no_more() -> None:
+    """However long it takes to its first token."""
+
+    async def run() -> None:
+        engine = LongPromptEngine()
+        async with serving(engine, ServerConfig(max_waiting_requests=1)) as client:
+            task = asyncio.create_task(
+                client.post("/v1/completions", json=WAITS, headers={"X-Request-Id": "long"})
+            )
+            await asyncio.wait_for(engine.has_begun.wait(), 10)
+            place = (await client.get("/v1/queue/long")).json()
+            assert (place["status"], place["position"], place["num_waiting"]) == ("running", 0, 0)
+            assert (await client.post("/v1/completions", json={"prompt": "short"})).status_code == 200
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+
+
 def test_an_aborted_or_refused_request_leaves_no_trace() -> None:
     async def run() -> None:
         engine = GatedEngine()
@@ -179,6 +219,30 @@ def test_estimates_follow_the_queue() -> None:
     assert room.num_refused == 1
     clock.now += 1000
     assert room.seconds_until_start(1) is None
+
+
+def test_only_time_with_somebody_waiting_counts() -> None:
+    clock = Clock()
+    room = WaitingRoom(clock=clock)
+    for arrival, start in ((100.0, 102.0), (130.0, 131.0)):
+        clock.now = arrival
+        ticket = room.enter()
+        clock.now = start
+        ticket.start()
+    assert room.seconds_until_start(1) == (2.0 + 1.0) / 2
+
+
+def test_nobody_is_sent_away_for_more_than_a_minute() -> None:
+    clock = Clock()
+    room = WaitingRoom(max_requests=2, clock=clock)
+    first, _ = room.enter(), room.enter()
+    clock.now += 300.0
+    first.start()
+    assert room.seconds_until_start(1) == 300.0
+    room.enter()
+    with pytest.raises(OverloadedError, match="try again in 60 s") as error:
+        room.enter()
+    assert error.value.retry_after == 60
 
 
 def test_who_can_t_be_begun_in_time_is_refused() -> None:
@@ -252,6 +316,53 @@ def test_a_key_s_tokens_in_a_minute() -> None:
             assert f"{60 - used} are left" in refused.json()["error"]["message"]
             assert 0 < int(refused.headers["Retry-After"]) <= 60
             assert (await client.post("/v1/completions", json=body, headers=two)).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_every_sample_may_use_its_tokens() -> None:
+    """Of 60 tokens, 10 of a prompt and thrice 20 leave none."""
+
+    async def run() -> None:
+        engine = GatedEngine()
+        async with serving(engine, ServerConfig(key_tokens_per_minute=60)) as client:
+            body = {"prompt": "abcdefghij", "max_tokens": 20, "n": 3}
+            first = asyncio.create_task(client.post("/v1/completions", json=body))
+            await asyncio.wait_for(engine.is_asked.wait(), 10)
+            # So many that a slow machine doesn't let them flow in meanwhile.
+            second = client.post("/v1/completions", json={"prompt": "abcdefghij", "max_tokens": 20})
+            assert (await asyncio.wait_for(second, 10)).status_code == 429
+            engine.gate.set()
+            assert (await first).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_what_was_used_beyond_what_was_taken_is_owed() -> None:
+    """A request may use more than a full bucket, and those after it wait for that."""
+    clock = Clock()
+    limit = TokenRateLimit(100, clock)
+    assert limit.take("k", 1000) == 100
+    limit.give_back("k", 100 - 300)
+    with pytest.raises(RateLimitError) as error:
+        limit.take("k", 1)
+    assert error.value.retry_after == 121, "201 tokens, at 100 a minute"
+    clock.now += 120.5
+    with pytest.raises(RateLimitError):
+        limit.take("k", 1)
+    clock.now += 0.5
+    assert limit.take("k", 1) == 1
+
+
+def test_who_used_more_than_a_minute_s_tokens_waits_longer() -> None:
+    async def run() -> None:
+        async with serving(FakeEngine(make_tokenizer()), ServerConfig(key_tokens_per_minute=5)) as client:
+            body = {"prompt": "abcdefghij", "max_tokens": 10}
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+            refused = await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 4})
+            assert refused.status_code == 429
+            # 15 over the 5 that it took, and 5 of its own: four minutes, of which some seconds have passed.
+            assert int(refused.headers["Retry-After"]) > 60
 
     asyncio.run(run())
 
