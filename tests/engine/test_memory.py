@@ -339,6 +339,7 @@ def test_prefix_cache_is_on_when_paged(settings_: dict[str, Any], expected: bool
         ({"port": -1}, "--port", "-1"),
         ({"port": 65536}, "--port", "65536"),
         ({"max_body_size": 0}, "--max-body-size", "0"),
+        ({"max_header_count": 0}, "--max-header-count", "0"),
         ({"shutdown_timeout": -0.5}, "--shutdown-timeout", "-0.5"),
     ],
     ids=str,

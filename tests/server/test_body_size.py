@@ -7,9 +7,10 @@ import socket
 
 import pytest
 
+from minivllm.config import ServerConfig
 from minivllm.server import refusal
 
-from .fakes import MAX_BODY_SIZE, RunningServer
+from .fakes import MAX_BODY_SIZE, RunningServer, send_raw, served
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
 
@@ -44,6 +45,14 @@ def test_content_length_is_enough(server: RunningServer) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(HEAD + b"Content-Length: 1000000000000\r\n\r\n{")
         says_too_large(*read_answer(client))
+
+
+@pytest.mark.usefixtures("short_linger")
+def test_eight_mebibytes_unless_told_otherwise() -> None:
+    with served(ServerConfig()) as port:
+        answer = send_raw(port, HEAD + b"Content-Length: %d\r\n\r\n{" % (8 * 2**20 + 1), method="POST")
+    assert answer.error["code"] == "body_too_large"
+    assert "at most 8388608 bytes" in str(answer.error["message"])
 
 
 @pytest.mark.usefixtures("short_linger")

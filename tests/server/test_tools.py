@@ -403,6 +403,24 @@ def test_template_without_tools() -> None:
         )
 
 
+def test_text_before_calls_is_kept_in_words() -> None:
+    calling = {"role": "assistant", "content": "Let me see.", "tool_calls": [call("clock", "{}")]}
+    with serving(PLAIN_TEMPLATE) as server:
+        ask(server, "Noon.", messages=[USER, calling])
+        assert prompt(server) == (
+            "user: Hi\nassistant: Let me see.\n"
+            '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>\nassistant: '
+        )
+
+
+def test_a_tool_message_keeps_its_own_name(hermes: RunningServer) -> None:
+    calling = {"role": "assistant", "content": "", "tool_calls": [call("clock", "{}")]}
+    result = {"role": "tool", "tool_call_id": "x", "content": "noon"}
+    for named, name in ((result, "clock"), (result | {"name": "sundial"}, "sundial")):
+        ask(hermes, "Noon.", messages=[USER, calling, named])
+        assert prompt(hermes).endswith(f"tool: noonx{name}\nassistant: ")
+
+
 def call(name: str, arguments: str) -> dict[str, Any]:
     return {"id": "x", "type": "function", "function": {"name": name, "arguments": arguments}}
 
