@@ -34,8 +34,8 @@ class TokenRateLimit:
             seconds = math.ceil((num_tokens - left) * 60 / self.tokens_per_minute)
             raise RateLimitError(
                 f"this API key may use {self.tokens_per_minute} tokens a minute, prompts and answers "
-                f"together (--key-tokens-per-minute): {int(left)} are left, and this request may take "
-                f"{num_tokens}; try again in {seconds} s",
+                f"together (--key-tokens-per-minute): {max(int(left), 0)} are left, and this request may "
+                f"take {num_tokens}; try again in {seconds} s",
                 retry_after=seconds,
             )
         self._buckets[key] = left - num_tokens, self._clock()

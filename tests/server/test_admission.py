@@ -120,7 +120,7 @@ def test_prompts_of_so_many_tokens_wait() -> None:
             first = asyncio.create_task(
                 client.post("/v1/completions", json=body, headers={"X-Request-Id": "first"})
             )
-            await until_waiting(client, "first")
+            await asyncio.wait_for(engine.is_asked.wait(), 10)
             while (refused := await client.post("/v1/completions", json=WAITS)).status_code != 503:
                 pytest.fail("it was let in")
             assert "--max-waiting-tokens" in refused.json()["error"]["message"]
