@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 
 from minivllm.openmp import spin_briefly
 
@@ -105,6 +107,22 @@ def oracle(embedded_files: ModelFiles) -> Oracle:
     path = embedded_files.path
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return Oracle(model.eval())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what must come, while others run; the test fails if it doesn't."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "waited 60 s in vain"
+        await asyncio.sleep(0.01)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """:func:`until`, for those without an event loop."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "waited 60 s in vain"
+        time.sleep(0.01)
 
 
 GREEDY_64 = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)

@@ -22,6 +22,7 @@ from minivllm.server.context import ServerState
 from minivllm.server.deadline import Deadline
 from minivllm.server.keys import ApiKeys
 from minivllm.server.rate_limit import TokenRateLimit
+from tests.conftest import until
 
 from .fakes import MODEL, FakeEngine, make_tokenizer
 
@@ -34,11 +35,10 @@ class GatedEngine(FakeEngine):
     def __init__(self) -> None:
         super().__init__(make_tokenizer())
         self.gate = asyncio.Event()
-        self.is_asked = asyncio.Event()
-        """Set when the first request has come as far as here."""
+        self.num_arrived = 0
 
     async def generate(self, *args: Any) -> AsyncIterator[Any]:
-        self.is_asked.set()
+        self.num_arrived += 1
         await self.gate.wait()
         async for event in super().generate(*args):
             yield event
@@ -94,10 +94,10 @@ def test_no_more_than_so_many_wait(stream: bool) -> None:
         async with serving(engine, ServerConfig(max_waiting_requests=3)) as client:
             burst = [client.post("/v1/completions", json={**WAITS, "stream": stream}) for _ in range(10)]
             tasks = [asyncio.create_task(request) for request in burst]
-            _, waiting = await asyncio.wait(tasks, timeout=0.5)
-            while len(waiting) > 3:
-                _, waiting = await asyncio.wait(tasks, timeout=0.5)
-            for task in set(tasks) - waiting:
+            await until(lambda: engine.num_arrived + sum(task.done() for task in tasks) == 10)
+            waiting = [task for task in tasks if not task.done()]
+            assert len(waiting) == 3
+            for task in set(tasks) - set(waiting):
                 refused = task.result()
                 assert refused.status_code == 503
                 assert refused.json()["error"]["code"] == "overloaded"
@@ -120,7 +120,7 @@ def test_prompts_of_so_many_tokens_wait() -> None:
             first = asyncio.create_task(
                 client.post("/v1/completions", json=body, headers={"X-Request-Id": "first"})
             )
-            await asyncio.wait_for(engine.is_asked.wait(), 10)
+            await until(lambda: engine.num_arrived > 0)
             while (refused := await client.post("/v1/completions", json=WAITS)).status_code != 503:
                 pytest.fail("it was let in")
             assert "--max-waiting-tokens" in refused.json()["error"]["message"]
@@ -328,7 +328,7 @@ def test_every_sample_may_use_its_tokens() -> None:
         async with serving(engine, ServerConfig(key_tokens_per_minute=60)) as client:
             body = {"prompt": "abcdefghij", "max_tokens": 20, "n": 3}
             first = asyncio.create_task(client.post("/v1/completions", json=body))
-            await asyncio.wait_for(engine.is_asked.wait(), 10)
+            await until(lambda: engine.num_arrived > 0)
             # So many that a slow machine doesn't let them flow in meanwhile.
             second = client.post("/v1/completions", json={"prompt": "abcdefghij", "max_tokens": 20})
             assert (await asyncio.wait_for(second, 10)).status_code == 429

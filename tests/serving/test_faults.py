@@ -9,14 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.conftest import wait_until
 from tests.server.fakes import make_tokenizer
 from tests.serving.conftest import Server, serving
 from tests.serving.test_lifecycle import COMPLETION, Streamed, engine_process, run_serve
@@ -30,14 +29,6 @@ FULL = Path("/dev/full")
 def tiny(tmp_path: Path) -> tuple[str, ...]:
     """Flags that serve a model of a few thousand weights."""
     return ("--model", write_tiny_model(tmp_path), "--load-format", "dummy", "--kv-cache-memory", "4MB")
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for what must come."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "waited 60 s in vain"
-        time.sleep(0.01)
 
 
 def complete(server: Server) -> httpx.Response:
@@ -74,7 +65,7 @@ def test_a_full_disk_under_the_log(tiny: tuple[str, ...], tmp_path: Path) -> Non
                     except httpx.ConnectError:
                         return False
 
-                until(is_ready)
+                wait_until(is_ready)
                 assert client.post("/v1/completions", json={**COMPLETION, "max_tokens": 4}).status_code == 200
                 assert client.post("/v1/completions", content=b"{").status_code == 400
             process.terminate()
@@ -144,13 +135,13 @@ def test_a_model_that_is_broken_when_the_engine_restarts(tmp_path: Path) -> None
             assert complete(server).status_code == 200
             fault(folder)
             os.kill(engine_process(server), signal.SIGKILL)
-            until(lambda words=words: logged(server, words))
+            wait_until(lambda words=words: logged(server, words))
             answer = complete(server)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_restarting")
             for path, data in backup.items():
                 path.unlink()
                 path.write_bytes(data)
-            until(lambda: httpx.get(f"{server.url}/ready", timeout=30).status_code == 200)
+            wait_until(lambda: httpx.get(f"{server.url}/ready", timeout=30).status_code == 200)
             assert sum("can't be started again" in line for line in server.log) >= number
         assert not logged(server, "Traceback")
         assert server.stop() == 0
@@ -163,7 +154,7 @@ def write_byte_tokenizer(folder: Path) -> None:
 def test_sigterm_while_the_engine_restarts(tiny: tuple[str, ...]) -> None:
     with serving(*tiny) as server:
         os.kill(engine_process(server), signal.SIGKILL)
-        until(lambda: logged(server, "starting another"))
+        wait_until(lambda: logged(server, "starting another"))
         assert server.stop() == 0
         assert not logged(server, "Traceback")
 
@@ -171,7 +162,7 @@ def test_sigterm_while_the_engine_restarts(tiny: tuple[str, ...]) -> None:
 def test_sigterm_twice_while_the_engine_restarts(tiny: tuple[str, ...]) -> None:
     with serving(*tiny) as server:
         os.kill(engine_process(server), signal.SIGKILL)
-        until(lambda: logged(server, "starting another"))
+        wait_until(lambda: logged(server, "starting another"))
         server.process.send_signal(signal.SIGTERM)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) in (0, 1)
@@ -184,7 +175,7 @@ def test_an_engine_that_dies_while_the_server_drains(tiny: tuple[str, ...]) -> N
         assert running.has_begun.wait(60)
         pid = engine_process(server)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: logged(server, "stopping"))
+        wait_until(lambda: logged(server, "stopping"))
         os.kill(pid, signal.SIGKILL)
         assert server.process.wait(30) == 0
         running.join()

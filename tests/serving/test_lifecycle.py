@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -20,6 +19,7 @@ import pytest
 from minivllm.config import ServerConfig
 from minivllm.serve import _bind, _drain
 from minivllm.server.admission import WaitingRoom
+from tests.conftest import wait_until
 from tests.serving.conftest import EMBEDDED_MODEL, Server, serving
 from tests.tiny_model import write_tiny_model
 
@@ -61,8 +61,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(tiny: tuple[str, ...]) 
         with httpx.Client(base_url=server.url, timeout=30) as client:
             assert client.get("/health").status_code == 200
             server.process.send_signal(signal.SIGTERM)
-            while client.get("/ready").status_code == 200:
-                time.sleep(0.01)
+            wait_until(lambda: client.get("/ready").status_code != 200)
             assert client.get("/health").status_code == 200
             refused = client.post("/v1/completions", json={**COMPLETION, "max_tokens": 1})
             assert refused.status_code == 503
@@ -116,8 +115,7 @@ def test_a_second_signal_stops_at_once(tiny: tuple[str, ...]) -> None:
         running = Streamed(server, max_tokens=4000)
         assert running.has_begun.wait(60)
         server.process.send_signal(signal.SIGTERM)
-        while not any("stopping" in line for line in server.log):
-            time.sleep(0.01)
+        wait_until(lambda: any("stopping" in line for line in server.log))
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 1
         running.join()
@@ -145,8 +143,7 @@ def test_a_dead_engine_is_told_and_replaced(tiny: tuple[str, ...]) -> None:
         assert answer.json()["error"]["code"] == "engine_restarting"
         assert client.get("/ready").status_code == 503
         assert client.get("/health").status_code == 200
-        while client.get("/ready").status_code != 200:
-            time.sleep(0.05)
+        wait_until(lambda: client.get("/ready").status_code == 200)
         answer = client.post("/v1/completions", json={**COMPLETION, "max_tokens": 8})
         assert answer.json()["choices"] == expected
         assert server.stop() == 0

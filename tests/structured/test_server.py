@@ -23,6 +23,7 @@ from minivllm.server.context import ServerState
 from minivllm.server.grammar_check import GrammarChecker
 from minivllm.server.grammar_worker import Table, Trial, Verdict
 from minivllm.structured import grammar_from_choice, grammar_from_json_object, grammar_from_json_schema
+from tests.conftest import wait_until
 from tests.server.fakes import ANSWER, FakeEngine, RunningServer, make_tokenizer, run_server
 
 from .schemas import SCHEMAS
@@ -241,13 +242,14 @@ def test_a_grammar_that_is_being_tried_delays_nobody(
 def test_the_process_may_die(server: RunningServer, checker: GrammarChecker) -> None:
     """What it was trying fails, and the next grammar starts another one."""
     assert chat(server, structured_outputs={"choice": ["one"]}).status_code == 200
-    assert checker._worker is not None
-    pid = checker._worker._process.pid
+    worker = checker._worker
+    assert worker is not None
+    pid = worker._process.pid
     os.kill(pid, signal.SIGSTOP)  # it takes what it is sent, and does nothing
     with ThreadPoolExecutor() as clients:
         hanging = clients.submit(chat, server, structured_outputs={"choice": ["two"]})
-        while not checker._worker._waiting:
-            assert chat(server).status_code == 200
+        wait_until(lambda: worker._waiting)
+        assert chat(server).status_code == 200
         os.kill(pid, signal.SIGKILL)
         assert hanging.result().status_code == 500
     assert chat(server, structured_outputs={"choice": ["two"]}).status_code == 200
