@@ -6,13 +6,20 @@ import gc
 from collections.abc import Callable
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minivllm_kernels import KVPool
 
 from minivllm.config import EngineConfig
+from minivllm.engine.batch import FlatBatch
 from minivllm.engine.engine import Engine
+from minivllm.engine.runner import TorchRunner
 from minivllm.engine.scheduler import SampledToken, ScheduledBatch
 from minivllm.request import EngineEvent, EngineInfo, FinishReason, Request, SamplingParams, Terms
+from tests.conftest import run_all
+
+from .conftest import MakeEngine
 
 
 class CountingRunner:
@@ -152,3 +159,24 @@ def test_a_step_of_one_token_that_does_not_fit_fails_its_request_alone() -> None
     for name in "ab":
         assert events[name][-1].finish_reason is FinishReason.ERROR
         assert "the card is full" in (events[name][-1].error or "")
+
+
+def test_a_full_gpu_makes_steps_smaller(
+    make_tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch raises then is what the engine understands."""
+    prompt, sampling = list(range(5, 45)), SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    expected = run_all(make_tiny_engine(), [prompt], sampling)
+    engine = make_tiny_engine()
+    assert isinstance(engine.runner, TorchRunner)
+    hidden, sizes = engine.runner.model.hidden, []
+
+    def raise_once(flat: FlatBatch, pool: KVPool) -> torch.Tensor:
+        sizes.append(len(flat.input_ids_T))
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("the card is full.")
+        return hidden(flat, pool)
+
+    monkeypatch.setattr(engine.runner.model, "hidden", raise_once)
+    assert run_all(engine, [prompt], sampling) == expected
+    assert sizes == [40, 20, 20, 1, 1, 1, 1]

@@ -195,6 +195,15 @@ def test_a_fuller_gpu_is_advised_a_larger_share() -> None:
         machine.plan(dataclasses.replace(config, gpu_memory_utilization=share - 0.002))
 
 
+def test_graphs_take_their_share() -> None:
+    machine = Machine("cuda", 60 * 10**6, 100 * 10**6)
+    without = machine.plan(EngineConfig())
+    machine.graphs = 7 * BLOCK
+    ledger = machine.plan(EngineConfig())
+    assert ledger.num_blocks == without.num_blocks - 7
+    assert (ledger.free, ledger.graphs) == (without.free, 7 * BLOCK)
+
+
 def test_this_machine_has_memory() -> None:
     free, total = memory.device_memory(torch.device("cpu"))
     assert 2**20 < free <= total < 2**50

@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,16 @@ import pytest
 from minivllm.config import EngineConfig
 from minivllm.engine.client import EngineClient
 from minivllm.engine.startup import build_engine
-from minivllm.errors import EngineDeadError, InvalidRequestError, ShuttingDownError, StartupError
-from minivllm.request import FinishReason, SamplingParams
+from minivllm.errors import (
+    DeadlineError,
+    EngineDeadError,
+    InvalidRequestError,
+    ShuttingDownError,
+    StartupError,
+)
+from minivllm.request import FinishReason, SamplingParams, Terms
 from minivllm.weights.files import resolve_model
-from tests.conftest import run_all
+from tests.conftest import run_all, until
 from tests.tiny_model import write_tiny_model
 
 LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
@@ -54,15 +60,6 @@ async def tokens_of(
         async for event in client.generate(request_id, prompt, sampling)
         for token in event.new_token_ids
     ]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what must come; the test fails if it doesn't."""
-    for _ in range(3000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    pytest.fail("waited 30 s in vain")
 
 
 def process_id(client: EngineClient) -> int:
@@ -201,6 +198,19 @@ def test_a_killed_engine_fails_what_waits_for_it(config: EngineConfig) -> None:
                 await tokens_of(client, "late", [5], SHORT)
 
     asyncio.run(kill())
+
+
+def test_a_request_out_of_time_fails_and_frees_its_blocks(config: EngineConfig) -> None:
+    async def run() -> None:
+        async with running(config) as client:
+            sampling = replace(LONG, max_tokens=4000)
+            with pytest.raises(DeadlineError):
+                async for _ in client.generate("late", [5] * 20, sampling, Terms(timeout=0.05)):
+                    pass
+            await until(lambda: client.stats.num_used_blocks == 0)
+            assert client.num_requests == 0
+
+    asyncio.run(run())
 
 
 def test_closing_fails_what_runs(config: EngineConfig) -> None:

@@ -22,6 +22,9 @@ from minivllm_kernels.reference_sampling import gumbel_noise
 from minivllm.engine import sampler
 from minivllm.engine.scheduler import SampledToken
 from minivllm.request import Request, SamplingParams
+from tests.conftest import run_all
+
+from .conftest import MakeEngine
 
 EOS = frozenset({3, 5})
 KERNELS = get_backend()
@@ -345,6 +348,16 @@ def test_a_seed_repeats_and_another_differs() -> None:
     )
     assert first == again != other
     assert len(set(first)) > 30
+
+
+def test_an_engine_s_seed_repeats_and_another_differs(make_tiny_engine: MakeEngine) -> None:
+    """For requests without a seed of their own."""
+    sampling = SamplingParams(max_tokens=10, temperature=1.0, ignore_eos=True)
+    first, again, other = (
+        run_all(make_tiny_engine(seed=seed), [[5, 6, 7]] * 3, sampling) for seed in (3, 3, 4)
+    )
+    assert first == again != other
+    assert len(set(map(tuple, first))) == 3
 
 
 def test_each_token_of_a_request_has_its_own_number() -> None:

@@ -622,6 +622,19 @@ def test_first_admission_is_what_the_metrics_keep() -> None:
     assert cached == [0, 32]
 
 
+def test_who_is_begun_behind_a_cached_prefix_is_told_once() -> None:
+    """With an event that has no tokens, in the first of the steps that its prompt takes."""
+    setup = Setup("paged", "continuous", 40, max_model_len=320, budget=32)
+    engine = setup.engine(FakeRunner())
+    engine.add("first", [3] * 64, SamplingParams(max_tokens=1))
+    while engine.has_work:
+        engine.step()
+    engine.add("second", [3] * 64 + [4] * 200, SamplingParams(max_tokens=1))
+    assert engine.step() == [EngineEvent("second", [])]
+    assert engine.stats().prefix_cache_hits == 64
+    assert engine.step() == []
+
+
 def test_the_tokens_of_each_step_are_counted() -> None:
     setup = Setup("paged", "continuous", 8, max_model_len=64, budget=16)
     engine = setup.engine(FakeRunner())

@@ -18,12 +18,14 @@ import zmq
 
 from minivllm.config import EngineConfig
 from minivllm.engine import supervisor
+from minivllm.engine.messages import StepEvents
 from minivllm.engine.supervisor import HOPELESS_AFTER, SupervisedEngine
 from minivllm.errors import EngineDeadError, EngineRestartingError, ShuttingDownError
 from minivllm.request import SamplingParams
+from tests.conftest import until
 from tests.tiny_model import write_tiny_model
 
-from .test_process import LONG, SHORT, until
+from .test_process import LONG, SHORT
 
 
 @pytest.fixture
@@ -159,6 +161,60 @@ def test_without_its_model_it_tries_again_until_there_is_one(
     asyncio.run(run())
     assert str(model) in caplog.text
     assert delays[: 2 * HOPELESS_AFTER : 2] == [1, 2, 3]
+
+
+def test_engines_that_finish_nothing_are_hopeless(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps alone are no success."""
+    monkeypatch.setattr(supervisor, "_delay", lambda num_failures: 0.01)
+
+    async def run() -> None:
+        async with supervised(config) as engine:
+            for number in range(1, HOPELESS_AFTER + 1):
+                assert not engine.is_hopeless
+                waiting = asyncio.create_task(tokens_of(engine, "a", replace(LONG, max_tokens=4000)))
+                await until(lambda: engine.stats.num_running == 1)
+                os.kill(pid_of(engine), signal.SIGKILL)
+                with pytest.raises(EngineDeadError):
+                    await waiting
+                await until(lambda number=number: engine.num_restarts == number)
+            assert engine.num_failures == HOPELESS_AFTER == 3
+            assert engine.is_hopeless
+
+    asyncio.run(run())
+
+
+class CountingObserver:
+    """Counts what it is told."""
+
+    num_steps = num_lost = num_restarted = 0
+
+    def step_done(self, step: StepEvents) -> None:
+        self.num_steps += 1
+
+    def engine_lost(self) -> None:
+        self.num_lost += 1
+
+    def engine_restarted(self) -> None:
+        self.num_restarted += 1
+
+
+def test_an_observer_sees_the_steps_of_every_engine(config: EngineConfig) -> None:
+    async def run() -> None:
+        async with supervised(config) as engine:
+            observer = CountingObserver()
+            engine.observe(observer)
+            await tokens_of(engine, "a", SHORT)
+            before = observer.num_steps
+            assert before > 0
+            os.kill(pid_of(engine), signal.SIGKILL)
+            await until(lambda: observer.num_restarted == 1)
+            assert observer.num_lost == 1
+            await tokens_of(engine, "a", SHORT)
+            assert observer.num_steps > before
+
+    asyncio.run(run())
 
 
 def test_delays_grow_up_to_a_limit() -> None:

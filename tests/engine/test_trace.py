@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from minivllm.config import EngineConfig
 from minivllm.engine.client import EngineClient
+from minivllm.engine.scheduler import SampledToken
 from minivllm.engine.startup import build_engine
 from minivllm.engine.steps import StepRecord
 from minivllm.errors import StartupError
@@ -178,6 +179,17 @@ def test_an_abort_without_work_is_told_at_once() -> None:
     (record,) = story.records
     assert [item.request_id for item in record.arrived] == ["a"]
     assert [(item.request_id, item.reason) for item in record.ended] == [("a", FinishReason.ABORT)]
+
+
+def test_who_fails_while_sampled_is_not_dropped() -> None:
+    """Its end is that step's."""
+    story = begin(Setup("paged", "continuous", 8, max_model_len=64, budget=64))
+    story.runner.execute = lambda batch: lambda: [SampledToken(3, error="no")]  # type: ignore[method-assign]
+    story.add("a", Job([3] * 5, SamplingParams(max_tokens=9)))
+    story.finish()
+    (record,) = story.records
+    assert [(item.request_id, item.error) for item in record.ended] == [("a", "no")]
+    assert record.dropped == []
 
 
 @pytest.mark.parametrize(
