@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from llguidance import LLMatcher
 
+from minivllm.engine import grammar as grammar_module
 from minivllm.engine.engine import Engine
 from minivllm.engine.grammar import Grammars, GrammarState
 from minivllm.engine.runner import TorchRunner
 from minivllm.errors import InvalidRequestError
-from minivllm.request import FinishReason, SamplingParams, TokenLogprob
+from minivllm.request import FinishReason, Request, SamplingParams, TokenLogprob
 from minivllm.structured import (
     grammar_from_choice,
     grammar_from_json_object,
@@ -261,12 +263,46 @@ def test_a_finished_answer_ends_whatever_was_asked(make: MakeEngine, tokenizer: 
 def test_stop_token_ids_end_an_answer_early(make: MakeEngine, tokenizer: Tokenizer) -> None:
     [comma] = tokenizer.encode(",")
     sampling = SamplingParams(
-        max_tokens=60, seed=1, grammar='start: /[0-9]/ ("," /[0-9]/)*', stop_token_ids=(comma,), min_tokens=4
+        max_tokens=60, seed=1, grammar="start: /[0-9](,[0-9]){20}/", stop_token_ids=(comma,), min_tokens=4
     )
     [answer] = run(make(), [prompt_for(tokenizer, "numbers")], [sampling])
-    if answer.token_ids[-1] == comma:
-        assert len(answer.token_ids) > 4
+    # The first two commas come too early: nothing else was left to choose, and they end nothing.
+    assert re.fullmatch("([0-9],){3}", tokenizer.decode(answer.token_ids))
+    assert (len(answer.token_ids), answer.token_ids[-1]) == (6, comma)
     assert answer.reason is FinishReason.STOP
+
+
+def test_stop_token_ids_are_masked_until_they_may_come(tokenizer: Tokenizer, grammars: Grammars) -> None:
+    [comma], [digit] = tokenizer.encode(","), tokenizer.encode("1")
+    sampling = SamplingParams(
+        max_tokens=60, grammar="start: /[0-9,]+/", stop_token_ids=(comma,), min_tokens=2
+    )
+    request = Request("r", [1], sampling, seed=0, max_total_tokens=100)
+    request.grammar = grammars.begin("start: /[0-9,]+/")
+    allowed = []
+    for _ in range(3):
+        pending = grammars.start_mask([request])
+        assert pending is not None
+        mask, errors = pending.wait()
+        assert not errors
+        bits = np.unpackbits(mask.bits_RB[0], bitorder="little")
+        allowed.append((bool(bits[digit]), bool(bits[comma])))
+        request.token_ids.append(digit)
+    assert allowed == [(True, False), (True, False), (True, True)]
+
+
+def test_masks_that_take_too_long_end_their_request(
+    make: MakeEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "MASK_BURST_SECONDS", -1.0)  # whatever they take
+    monkeypatch.setattr(grammar_module, "MASK_SECONDS_PER_TOKEN", 0.0)
+    params = [
+        SamplingParams(max_tokens=4, grammar=LIST_GRAMMAR),
+        SamplingParams(max_tokens=4, ignore_eos=True),
+    ]
+    answers = run(make(), [prompt_for(tokenizer, "a list")] * 2, params)
+    assert [answer.reason for answer in answers] == [FinishReason.ERROR, FinishReason.LENGTH]
+    assert "takes too long" in str(answers[0].error)
 
 
 def test_a_grammar_that_fails_ends_its_own_request_only(make: MakeEngine, tokenizer: Tokenizer) -> None:
@@ -320,6 +356,7 @@ def test_compiling_delays_nobody(
     engine = make()
     sampling = SamplingParams(max_tokens=4, grammar=f"{LIST_GRAMMAR}\n// not compiled before")
     engine.add("waits", prompt_for(tokenizer, "an object"), sampling)
+    stats = engine.stats()
     engine.add("goes on", prompt_for(tokenizer, "a word"), SamplingParams(max_tokens=2, ignore_eos=True))
     ended = []
     while engine.has_work:
@@ -327,6 +364,7 @@ def test_compiling_delays_nobody(
         if ended:
             may_compile.set()
     assert ended == ["goes on", "waits"]
+    assert stats.num_waiting == stats.num_compiling == 1
 
 
 def test_a_model_that_cannot_end_follows_no_grammar(tokenizer: Tokenizer) -> None:
