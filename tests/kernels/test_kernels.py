@@ -12,6 +12,7 @@ import pytest
 import torch
 from minivllm_kernels import (
     BLOCK_SIZE,
+    PackedRows,
     PackedWeight,
     QuantizedRows,
     available_backends,
@@ -393,6 +394,20 @@ def test_half_precision_is_rounded_where_torch_rounds(
     assert (normed != want).double().mean() < 0.01
 
 
+def random_rows(rng: np.random.Generator, rows: int, columns: int, bits: int) -> QuantizedRows:
+    """Any values, scales and minima."""
+    if bits == 8:
+        return quantize_int8(torch.from_numpy(rng.normal(0, 1, (rows, columns))))
+    num_groups = -(-columns // 32)
+    return QuantizedRows(
+        4,
+        columns,
+        torch.from_numpy(rng.integers(0, 256, (rows, num_groups, 16), dtype=np.uint8)),
+        torch.from_numpy(rng.uniform(0.01, 0.2, (rows, num_groups))).half(),
+        torch.from_numpy(rng.normal(0, 1, (rows, num_groups))).half(),
+    )
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("num_tokens", "rows", "columns"), [(1, 7, 16), (5, 100, 50), (33, 576, 1536)])
 def test_packed_linear(
@@ -400,17 +415,7 @@ def test_packed_linear(
 ) -> None:
     """Against float64 with the weights as they are stored; a token's result is the same alone."""
     needs_packed_weights(backend)
-    num_groups = -(-columns // 32)
-    if bits == 8:
-        quantized = quantize_int8(torch.from_numpy(rng.normal(0, 1, (rows, columns))))
-    else:
-        quantized = QuantizedRows(
-            4,
-            columns,
-            torch.from_numpy(rng.integers(0, 256, (rows, num_groups, 16), dtype=np.uint8)),
-            torch.from_numpy(rng.uniform(0.01, 0.2, (rows, num_groups))).half(),
-            torch.from_numpy(rng.normal(0, 1, (rows, num_groups))).half(),
-        )
+    quantized = random_rows(rng, rows, columns, bits)
     weight = PackedWeight(rows, columns, bits)
     weight.write(0, quantized)
     x = normal(rng, num_tokens, columns, dtype=torch.float32, device=backend.device)
@@ -423,6 +428,21 @@ def test_packed_linear(
             assert same_bits(backend.kernels.linear(x[token : token + 1], weight, bias)[0], have[token])
     ids = torch.from_numpy(rng.integers(0, rows, 9))
     close(backend.kernels.embedding(ids, weight), quantized.dequantize().double().numpy()[ids.numpy()], 1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_are_packed_wherever_they_begin(rng: np.random.Generator, bits: int) -> None:
+    """Also where they fill a panel's worth of rows, but not one panel."""
+    weight, start, sources = PackedWeight(40, 64, bits), 0, []
+    for num_rows in (8, 16, 16):
+        source = random_rows(rng, num_rows, 64, bits)
+        PackedRows(weight, start, num_rows).copy_(source)
+        sources.append(source)
+        start += num_rows
+    have = weight.read()
+    assert torch.equal(have.values, torch.cat([source.values for source in sources]))
+    assert torch.equal(have.scales, torch.cat([source.scales for source in sources]))
+    assert torch.equal(have.dequantize(), torch.cat([source.dequantize() for source in sources]))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

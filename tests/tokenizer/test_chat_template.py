@@ -210,6 +210,16 @@ def test_what_jinja_takes_and_python_does_not(source: str) -> None:
     assert module.takes_tools(source) is False
 
 
+@pytest.mark.parametrize("name", ["bos_token", "messages", "raise_exception"])
+def test_only_a_template_s_own_variables_may_be_given(name: str) -> None:
+    source = "{{ bos_token }}{{ own }}{{ raise_exception is defined }}{{ messages[0].role }}"
+    template = ChatTemplate(source, SPECIAL_TOKENS)
+    expected = "<|bos|>xTrueuser"
+    assert template.render([USER], add_generation_prompt=True, extra={"own": "x"}) == expected
+    with pytest.raises(InvalidRequestError, match=f"reads no '{name}'; it reads: own$"):
+        template.render([USER], add_generation_prompt=True, extra={name: "x"})
+
+
 def test_a_malformed_template_names_the_line() -> None:
     with pytest.raises(InvalidRequestError, match=r"isn't valid Jinja, line 2: .*endfor"):
         ChatTemplate("a\n{% for x in y %}", {})

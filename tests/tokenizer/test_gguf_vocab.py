@@ -209,6 +209,16 @@ def test_sentencepiece_prefix_space_is_a_setting() -> None:
     assert without.decode(without.encode(" a")) == " a"
 
 
+@pytest.mark.parametrize("text", ["a☃☃☃b", "☃", "☃ ☃☃", "好☃ naïve ☃é"])
+def test_sentencepiece_without_bytes_has_one_token_for_a_run_of_unknown_characters(text: str) -> None:
+    tokenizer = tokenizer_from_gguf(sentencepiece_metadata(byte_fallback=False))
+    model = sentencepiece_model(byte_fallback=False)
+    processor = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_proto=model)
+    ids = tokenizer.encode(text)
+    assert processor.unk_id() in ids
+    assert ids == [processor.bos_id(), *processor.encode(text)]
+
+
 def test_sentencepiece_special_tokens_stay_whole(sentencepiece_tokenizer: Tokenizer) -> None:
     assert (sentencepiece_tokenizer.bos_token, sentencepiece_tokenizer.eos_token) == ("<s>", "</s>")
     ids = sentencepiece_tokenizer.encode("<s>a</s>", add_special_tokens=False)

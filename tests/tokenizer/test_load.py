@@ -188,8 +188,13 @@ def test_where_chat_templates_are_found(
 
 def test_a_chat_template_may_be_given(folder: Path, tmp_path: Path) -> None:
     given = tmp_path / "given.jinja"
-    given.write_text("given: {{ messages[0].content }}é", encoding="utf-8")
-    assert load(folder, chat_template=given).apply_chat_template(MESSAGES) == "given: hié"
+    source = "given: {{ messages[0].content }}é{% if tools %}with tools{% endif %}"
+    given.write_text(source, encoding="utf-8")
+    tokenizer = load(folder, chat_template=given)
+    assert tokenizer.apply_chat_template(MESSAGES) == "given: hié"
+    assert tokenizer.chat_template == source
+    assert tokenizer.chat_template_takes_tools
+    assert not load(folder).chat_template_takes_tools
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minivllm.tools.events import Content
 from minivllm.tools.hermes import HermesParser
 from minivllm.tools.llama_json import LlamaJsonParser
 from minivllm.tools.llama_pythonic import PythonicParser
@@ -292,6 +293,12 @@ def test_arguments_are_not_held_back(kind: str, start: str, more: str) -> None:
     assert len(parser.push(start)) == 2
     for char in more:
         assert len(parser.push(char)) == 1
+
+
+def test_a_keyword_without_end_is_not_held_back() -> None:
+    text = "[f(" + "a" * 300
+    events = PythonicParser(NAMES).push(text)
+    assert "".join(event.text for event in events if isinstance(event, Content)) == text
 
 
 @pytest.mark.parametrize(

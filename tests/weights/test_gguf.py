@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import struct
 import tracemalloc
@@ -108,6 +109,16 @@ def test_a_file_is_opened_once_and_again_when_it_was_replaced(tmp_path: Path) ->
     write_tiny_gguf(tmp_path / "other.gguf", tiny_tensors(head=False)).replace(path)
     assert "output.weight" in first.tensors
     assert "output.weight" not in open_gguf(path).tensors
+
+
+def test_a_file_of_the_same_size_is_another_file(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "model.gguf", metadata={"a.number": 1})
+    assert open_gguf(path).metadata["a.number"] == 1
+    before = path.stat()
+    write_tiny_gguf(tmp_path / "other.gguf", metadata={"a.number": 2}).replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
+    assert path.stat().st_size == before.st_size
+    assert open_gguf(path).metadata["a.number"] == 2
 
 
 # --- tensors ----------------------------------------------------------------------------------

@@ -98,8 +98,9 @@ def test_shards_are_those_of_the_index(fake_hub: FakeHub, repo: Path) -> None:
     shards = set(index["weight_map"].values())
     (repo / "model-of-another-day.safetensors").write_text("")
     assert len(shards) > 1
-    resolve_model("org/name")
+    resolve_model("org/name", revision="v1.0")
     assert fake_hub.fetched() == NEEDED | shards | {"model.safetensors.index.json"}
+    assert fake_hub.calls == [("org/name", "v1.0"), ("org/name", COMMIT)]
 
 
 def test_dummy_fetches_no_weights(fake_hub: FakeHub) -> None:
