@@ -60,7 +60,7 @@ ROUTES: dict[str, tuple[str, str, str]] = {
         "differs: no body",
     ),
     "GET /ready": ("200 while requests can be served, else 503", "no", "no"),
-    "GET /ping": ("the same", "no", "differs: no body"),
+    "GET /ping": ("the same as `/health`", "no", "differs: no body"),
     "GET /v1/queue/{request_id}": ("where one of the caller's requests stands", "no", "no"),
     "GET /version": ("minivllm's version", "no", "yes"),
     "GET /metrics": ("what the server and its engine are doing, in numbers", "no", "differs: needs a key"),
@@ -82,6 +82,10 @@ ABOUT: dict[str | tuple[str, str], str] = {
     **dict.fromkeys(
         ["guided_choice", "guided_grammar", "guided_json", "guided_regex"], "Use `structured_outputs`."
     ),
+    (CHAT, "max_tokens"): "Most tokens to generate. Left out or null: as many as the context still holds and "
+    "`--max-tokens-per-request` allows.",
+    (COMPLETIONS, "max_tokens"): "Most tokens to generate. Left out or null: 16. 0 only with `echo`: "
+    "the prompt alone.",
     (CHAT, "logprobs"): "Whether each token comes with its log probability.",
     "top_logprobs": "How many of the most likely tokens to tell with each token; only with `logprobs`.",
     "suffix": "vLLM refuses it, too.",
@@ -95,7 +99,7 @@ DIFFERS: dict[str | tuple[str, str], str] = {
     "priority": "vLLM needs a scheduling policy for it.",
     "timeout": "Also as the header X-Request-Timeout; the shorter one counts.",
     "truncate_prompt_tokens": "vLLM's -1, the whole context, is refused.",
-    (COMPLETIONS, "logprobs"): "OpenAI ends at 5; 0 gives the sampled token's.",
+    (COMPLETIONS, "logprobs"): "OpenAI ends at 5.",
     (CHAT, "messages"): "Text only: no images, no audio.",
     (CHAT, "chat_template_kwargs"): "vLLM drops what the template doesn't read; here it is refused.",
     (CHAT, "tool_choice"): "`allowed_tools` and custom tools of OpenAI's are refused.",

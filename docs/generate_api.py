@@ -16,7 +16,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from minivllm.errors import InvalidRequestError
-from minivllm.request import SamplingParams
+from minivllm.request import MAX_LOGIT_BIAS, SamplingParams
+from minivllm.server.auth import PUBLIC_PATHS
 from minivllm.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 API_MD = Path(__file__).with_name("api.md")
@@ -38,7 +39,8 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "POST /tokenize": TokenizeRequest,
     "POST /detokenize": DetokenizeRequest,
 }
-INTRODUCTION = """\
+PUBLIC_ROUTES = [f"`{path}`" for path in sorted(path.decode() for path in PUBLIC_PATHS)]
+INTRODUCTION = f"""\
 # The HTTP API
 
 Generated from the code by `make docs`; `tests/test_api_docs.py` fails when it is out of date.
@@ -47,18 +49,24 @@ Bodies are JSON, with types taken literally (no `"5"` for 5), and a field that i
 OpenAI's fields are those that the pinned `openai` package knows, vLLM's those of its main branch in November
 2026 ("older": it had them before). In the columns, **yes** is a field with an effect, **differs** one whose
 effect differs as the last column says, **accepted** one that has no effect and does no harm, **no** one that
-isn't there. What minivllm doesn't have it refuses with 400 and the field's name, unless the server runs with
-`--ignore-unknown-fields`; vLLM ignores what it doesn't know. `/openapi.json` has the shapes of all requests
+isn't there. A field that minivllm doesn't have is refused with a 400 that names it, unless the server runs
+with `--ignore-unknown-fields`; vLLM ignores what it doesn't know. `/openapi.json` has the shapes of all requests
 and answers, streamed ones included.
 
-With `--api-key` every route but `/health` and `/ping` needs the header `Authorization: Bearer KEY`.
+With `--api-key` every route but {", ".join(PUBLIC_ROUTES[:-1])} and {PUBLIC_ROUTES[-1]} needs the header
+`Authorization: Bearer KEY`.
+"""
+DEBUG_ROUTES = """\
+With `--debug-routes` there are also `GET /debug/steps` and `GET /debug/requests/{id}`:
+[operations](operations.md#debugging-a-server).
 """
 ERRORS = """\
 ## Errors
 
-Every answer that isn't a 200 has OpenAI's envelope, `{"error": {"message", "type", "param", "code"}}`;
-`param` is the field's path (`messages[0].content`), and the message has the limit and the given value. A
-stream that fails midway ends with such an event, and without `[DONE]`.
+Errors have OpenAI's envelope, `{"error": {"message", "type", "param", "code"}}`; `param` is the field's path
+(`messages[0].content`), and the message has the limit and the given value. A stream that fails midway ends
+with such an event, and without `[DONE]`. Two answers have no envelope: the 503 of `/health`, `/ping` and
+`/ready`, which has the fields above, and that to a CORS preflight that is refused, which is plain text.
 
 | status | when | `code` |
 |---|---|---|
@@ -103,9 +111,9 @@ def _routes(document: dict[str, Any]) -> str:
             content = operation["responses"]["200"]["content"]
             answer = _answer(content["application/json"]["schema"], document)
             answer += "; streamed, events" if "text/event-stream" in content else ""
-        key = "no" if route.endswith(("/health", "/ping")) else "yes"
+        key = "no" if route.split()[1].encode() in PUBLIC_PATHS else "yes"
         lines.append(f"| `{route}` | {key} | {openai} | {vllm} | {about} | {answer} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", DEBUG_ROUTES])
 
 
 def _answer(schema: dict[str, Any], document: dict[str, Any]) -> str:
@@ -238,6 +246,9 @@ def _limits(model: type[BaseModel], field: str, schema: dict[str, Any]) -> str:
     if field in SamplingParams.__dataclass_fields__ and "/v1/" in (model.__doc__ or ""):
         found = [_refusal(field, value) for value in (-(2.0**70), 0, 2.0**70)]
         told = list(dict.fromkeys(text.replace(".0", "") for text in found if text))
+        if field == "logit_bias":
+            least, _, most = (text.rpartition(" ")[2] for text in told)
+            return f"values from {least} to {most}, at most {MAX_LOGIT_BIAS:,} tokens"
         return ", ".join(told[1:] if len(told) > 1 and "greater than" in told[1] else told)
     found = []
     for part in [schema, *schema.get("anyOf", ())]:

@@ -79,7 +79,8 @@ class SamplingParams:
     logprobs: int | None = None
     """None: no log probabilities. k: that of the sampled token and of the k most likely ones."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens, from the second on. Their prefix is not taken from the cache."""
+    """Log probabilities of the prompt's tokens, from the second on; each token's own, and those of so
+    many of the most likely ones. The prompt isn't taken from the prefix cache."""
     include_stop_str_in_output: bool = False
     """Whether the stop string that ended the answer is part of it."""
     skip_special_tokens: bool = True
