@@ -50,8 +50,8 @@ OpenAI's fields are those that the pinned `openai` package knows, vLLM's those o
 2026 ("older": it had them before). In the columns, **yes** is a field with an effect, **differs** one whose
 effect differs as the last column says, **accepted** one that has no effect and does no harm, **no** one that
 isn't there. A field that minivllm doesn't have is refused with a 400 that names it, unless the server runs
-with `--ignore-unknown-fields`; vLLM ignores what it doesn't know. `/openapi.json` has the shapes of all requests
-and answers, streamed ones included.
+with `--ignore-unknown-fields`; vLLM ignores what it doesn't know. `/openapi.json` has the shapes of all
+requests and answers, streamed ones included.
 
 With `--api-key` every route but {", ".join(PUBLIC_ROUTES[:-1])} and {PUBLIC_ROUTES[-1]} needs the header
 `Authorization: Bearer KEY`.
