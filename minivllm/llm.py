@@ -114,7 +114,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, through the model's chat template; see :meth:`generate`."""
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
+        limit = self.engine.info.max_model_len
+        prompts = [self.tokenizer.encode_chat(each, max_tokens=limit) for each in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def stream(

@@ -77,7 +77,7 @@ class Tokenizer:
         """The template's text; None where :meth:`apply_chat_template` can't work."""
         return self._template_source
 
-    @cached_property
+    @property
     def chat_template_takes_tools(self) -> bool:
         """Whether the template does something with tools, or is missing, or broken: then nothing does."""
         if self._template_source is None:
@@ -227,10 +227,15 @@ class Tokenizer:
         return before
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_special_tokens: bool = False,
+        max_tokens: int | None = None,
     ) -> list[int]:
         """The token ids of :meth:`apply_chat_template`, which writes its own special tokens."""
-        return self.encode(self.apply_chat_template(messages), add_special_tokens=add_special_tokens)
+        text = self.apply_chat_template(messages)
+        return self.encode(text, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
 
     def _compile(self, source: str) -> ChatTemplate:
         from minivllm.tokenizer.chat_template import ChatTemplate  # jinja2, for those who chat
