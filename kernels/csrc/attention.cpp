@@ -270,17 +270,20 @@ class Kernel {
             const AttentionTile& tile = plan_.tiles[item.tile];
             float* work_memory = memory + 2 * size;
             const float* q = load_queries(tile, work_memory);
-            attend(tile, item.range, q, work_memory, softmax_at(&plan_.partials[i * size]), nullptr);
+            attend(tile, item.range, q, work_memory, softmax_at(partial(i)), nullptr);
         });
         Softmax running = softmax_at(memory);
         team.share(int64_t(plan_.tiles.size()), 1, [&](int64_t i) {
             const AttentionTile& tile = plan_.tiles[i];
             running.reset(tile.rows, padded_);
             for (int32_t range = 0; range < tile.num_ranges(); ++range)
-                merge(softmax_at(&plan_.partials[(plan_.first_item[i] + range) * size]), running, tile.rows, padded_);
+                merge(softmax_at(partial(plan_.first_item[i] + range)), running, tile.rows, padded_);
             write(tile, running);
         });
     }
+
+    // The memory for an item's result.
+    float* partial(int64_t item) const { return aligned(plan_.partials) + item * softmax_floats(padded_); }
 
     // Two softmax states, then the queries, their scores, and a block's keys or values.
     float* thread_memory() const {
@@ -440,7 +443,7 @@ AttentionPlan::AttentionPlan(const AttentionBatch& batch) : batch(batch) {
         first_item.push_back(int64_t(items.size()));
         for (int32_t range = tiles[i].first_range(); range < tiles[i].end_range(); ++range) items.push_back({i, range});
     }
-    partials.resize(items.size() * softmax_floats(padded(batch.head_dim)));
+    scratch(partials, int64_t(items.size()) * softmax_floats(padded(batch.head_dim)));
 }
 
 void paged_attention(Team& team, AttentionPlan& plan, const float* q, int64_t q_stride, const void* k_cache,

@@ -36,14 +36,6 @@ void round_row(const float* x, int64_t columns, const Activations<Bits>& to, int
     row.write(padded);
 }
 
-constexpr int64_t kLineBytes = 64;  // of a cache
-
-// What begins with the first whole line of some memory.
-void* aligned(std::vector<uint8_t>& memory) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
-    return reinterpret_cast<void*>((address + kLineBytes - 1) / kLineBytes * kLineBytes);
-}
-
 // One panel of 16 rows times the tiles [begin, end): [tokens, 16]. It is unpacked once for all of them.
 template <int Bits>
 void multiply_panel(const uint8_t* panel, const Activations<Bits>& a, int64_t begin, int64_t end, float* sums) {
@@ -198,8 +190,8 @@ void with_memory(int64_t tokens, int64_t columns, Work work) {
 
 void ActivationMemory::reserve(int64_t tokens, int64_t columns) {
     const int64_t groups = ceil_div(columns, kGroup);
-    scratch(values, Activations<8>::value_bytes(tokens, groups) + kLineBytes);
-    scratch(numbers, Activations<8>::number_bytes(tokens, groups) + kLineBytes);
+    scratch(values, Activations<8>::value_bytes(tokens, groups));
+    scratch(numbers, Activations<8>::number_bytes(tokens, groups));
 }
 
 void linear(Team& team, ActivationMemory& memory, const float* x, const Matrix& weight, float* out, int64_t tokens) {

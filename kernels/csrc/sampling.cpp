@@ -129,8 +129,7 @@ class Row {
     // What min-p drops is NaN from here on, which is above nothing.
     Row(const float* scores, int64_t vocab, float temperature, float min_p, std::vector<float>& memory)
         : size_((vocab + kLanes - 1) / kLanes * kLanes) {
-        memory.resize(size_t(2 * size_));
-        shifted_ = memory.data();
+        shifted_ = scratch(memory, 2 * size_);
         weights_ = shifted_ + size_;
         Vec highest = broadcast(kMinusInfinity);
         for (int64_t i = 0; i < vocab; i += kLanes) {

@@ -96,11 +96,22 @@ void run_team(bool is_parallel, Work work) {
     }
 }
 
-// Grow-only memory that a thread keeps from call to call.
+constexpr int64_t kLineBytes = 64;  // of a cache
+
+// What begins with the first whole line of some memory.
+template <class T>
+T* aligned(std::vector<T>& memory) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
+    return reinterpret_cast<T*>((address + kLineBytes - 1) / kLineBytes * kLineBytes);
+}
+
+// Grow-only memory that a thread keeps from call to call, from the start of a line on: a vector of AVX-512 that
+// crosses into the next line takes two loads.
 template <class T>
 T* scratch(std::vector<T>& memory, int64_t size) {
+    size += kLineBytes / int64_t(sizeof(T));
     if (int64_t(memory.size()) < size) memory.resize(size);
-    return memory.data();
+    return aligned(memory);
 }
 
 }  // namespace minivllm::ISA
