@@ -34,26 +34,22 @@ class StrictModel(BaseModel):
             return data  # pydantic's own check says what it should be
         given = {name: value for name, value in data.items() if value is not None}
         drop = drop_field.get()
-        for name in list(given):
-            error = cls._check_name(name)
-            if error is not None and drop is not None:
-                drop(name)
-                del given[name]
-            elif error is not None:
-                raise error
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        for name in [name for name in given if name not in known]:
+            if drop is None:
+                raise cls._fault_of(name, known)
+            drop(name)
+            del given[name]
         return given
 
     @classmethod
-    def _check_name(cls, name: str) -> InvalidRequestError | None:
-        """What is wrong with a field of this name, if anything is."""
+    def _fault_of(cls, name: str, known: set[str]) -> InvalidRequestError:
+        """What is wrong with a field that isn't among the ``known`` ones."""
         if name in cls.unsupported:
             return InvalidRequestError(f"{name!r} is not supported", param=name)
         if name in cls.replaced:
             instead = cls.replaced[name]
             return InvalidRequestError(f"{name!r} is not supported: use {instead!r} instead", param=name)
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        if name in known:
-            return None
         name = name[:80]
         nearest = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
