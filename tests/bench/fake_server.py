@@ -79,6 +79,9 @@ class FakeServer:
     """From this request on, the probe's among them, it cuts all connections and takes no more."""
     hangs: threading.Event = field(default_factory=threading.Event)
     """Set while a request hangs."""
+    crowd: int = 1
+    """No answer but the first, the probe's, begins before so many requests have been under way at once."""
+    is_crowded: asyncio.Event = field(default_factory=asyncio.Event)
     site: web.BaseSite | None = None
 
     def app(self) -> web.Application:
@@ -104,7 +107,12 @@ class FakeServer:
             return await self._send(request, Reply(is_cut=True))
         self.num_under_way += 1
         self.most_under_way = max(self.most_under_way, self.num_under_way)
+        if self.most_under_way >= self.crowd:
+            self.is_crowded.set()
         try:
+            if len(self.bodies) > 1:
+                async with asyncio.timeout(30):
+                    await self.is_crowded.wait()
             return await self._send(request, self.reply(body))
         finally:
             self.num_under_way -= 1

@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_a_closed_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    server, path = FakeServer(), tmp_path / "out.json"
+    server, path = FakeServer(crowd=3), tmp_path / "out.json"
     with served(server) as url:
         flags = [*SHORT, "--users", "3", "--num-requests", "10", "--goal-ttft", "5000", "--output", str(path)]
         assert bench(url, *flags) == 0
