@@ -126,7 +126,9 @@ class EngineConfig:
         "continuous: sequences join and leave at every step; sequential: at most --num-parallel run",
         choices=("continuous", "sequential"),
     )
-    num_parallel: int = option(1, "sequences that the sequential scheduler runs at once")
+    num_parallel: int | None = option(
+        None, "sequences that the sequential scheduler runs at once (default: 1)"
+    )
     fairness: str = option(
         "none",
         "who of those that wait is next; none: first come, first served; keys: the API key that has been "
@@ -163,10 +165,20 @@ class EngineConfig:
             raise ConfigError(
                 f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
             )
+        if self.num_parallel is not None and self.scheduler == "continuous":
+            raise ConfigError(
+                f"--num-parallel {self.num_parallel} needs --scheduler sequential: "
+                "the continuous scheduler runs up to --max-num-seqs"
+            )
         if self.kv_allocation == "contiguous" and self.enable_prefix_caching:
             raise ConfigError(
                 "--enable-prefix-caching needs --kv-allocation paged: a contiguous run can't share blocks"
             )
+
+    @property
+    def num_slots(self) -> int:
+        """Sequences that the sequential scheduler runs at once."""
+        return 1 if self.num_parallel is None else self.num_parallel
 
     @property
     def use_prefix_cache(self) -> bool:

@@ -50,7 +50,7 @@ def test_every_kind_of_flag() -> None:
 
 def test_the_preset_is_overridden_by_flags() -> None:
     preset = engine_config("--preset", "ollama")
-    assert (preset.scheduler, preset.kv_allocation, preset.num_parallel) == ("sequential", "contiguous", 1)
+    assert (preset.scheduler, preset.kv_allocation, preset.num_slots) == ("sequential", "contiguous", 1)
     mixed = engine_config("--kv-allocation", "paged", "--preset", "ollama")
     assert (mixed.scheduler, mixed.kv_allocation) == ("sequential", "paged")
 

@@ -56,21 +56,27 @@ class DecodeGraphs:
     """A model's decode step for batches of up to ``sizes[-1]`` sequences.
 
     Args:
-        pool: its last block is the padding's.
+        padding_block: in ``pool``, and no sequence's.
         max_model_len: most tokens in a sequence.
         sizes: ascending batch sizes.
         record: on CUDA a :class:`CudaRecorder`.
     """
 
     def __init__(
-        self, model: Llama, pool: KVPool, *, max_model_len: int, sizes: list[int], record: Record
+        self,
+        model: Llama,
+        pool: KVPool,
+        *,
+        padding_block: int,
+        max_model_len: int,
+        sizes: list[int],
+        record: Record,
     ) -> None:
         from tqdm import tqdm
 
         self.sizes = sizes
         self._graphs: dict[int, _DecodeGraph] = {}
         device, max_blocks = model.placement.device, blocks_for(max_model_len)
-        padding_block = pool.layers[0].k_PKSD.shape[0] - 1
         padding_row = FlatBatch.padding(1, max_blocks, padding_block, device)
         # The largest first: the others then find room in its memory.
         largest_first = sorted(sizes, reverse=True)

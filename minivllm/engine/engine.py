@@ -101,7 +101,7 @@ class Engine:
             # Every running sequence needs at least one token of a step's budget.
             max_num_seqs=min(config.max_num_seqs, max_num_batched_tokens),
             max_num_batched_tokens=max_num_batched_tokens,
-            num_parallel=config.num_parallel,
+            num_parallel=config.num_slots,
             eos_token_ids=eos_token_ids,
         )
         schedulers: dict[str, type[Scheduler]] = {

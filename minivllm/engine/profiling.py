@@ -78,7 +78,11 @@ def measure_graphs(model: Llama, *, kv_dtype: torch.dtype, max_model_len: int, s
     graphs = []  # alive until all are measured
     record = CudaRecorder()
     for size in sorted(sizes, reverse=True)[:2]:
-        graphs.append(DecodeGraphs(model, pool, max_model_len=max_model_len, sizes=[size], record=record))
+        graphs.append(
+            DecodeGraphs(
+                model, pool, padding_block=0, max_model_len=max_model_len, sizes=[size], record=record
+            )
+        )
         taken.append(max(before - sum(taken) - torch.cuda.mem_get_info(device)[0], 0))
     del graphs
     _free_memory(device)

@@ -62,7 +62,8 @@ class TorchRunner:
         self.runs_ahead = model.placement.device.type == "cuda"
         self.graphs: DecodeGraphs | None = None
         self.eos_token_ids = eos_token_ids
-        self.pool = empty_pool(model, num_blocks=num_blocks + 1, kv_dtype=kv_dtype)  # one for padding
+        self.padding_block = num_blocks  # one more than sequences get
+        self.pool = empty_pool(model, num_blocks=num_blocks + 1, kv_dtype=kv_dtype)
         self._last_sampled_L: torch.Tensor | None = None
         self._last_rows: dict[Request, int] = {}
 

@@ -128,7 +128,12 @@ def make_engine(
     if sizes:
         with stage("decode graphs recorded"):
             runner.graphs = DecodeGraphs(
-                model, runner.pool, max_model_len=ledger.max_model_len, sizes=sizes, record=CudaRecorder()
+                model,
+                runner.pool,
+                padding_block=runner.padding_block,
+                max_model_len=ledger.max_model_len,
+                sizes=sizes,
+                record=CudaRecorder(),
             )
     if trace is not None:
         header = {
@@ -155,8 +160,8 @@ def make_engine(
 @torch.inference_mode()
 def _check_weights(model: Llama, runner: TorchRunner, files: ModelFiles) -> None:
     """Compute one token: damaged weights mostly make NaN of everything, and answers of that look empty."""
-    padding_block = runner.pool.layers[0].k_PKSD.shape[0] - 1
-    logits_LV = model(FlatBatch.padding(1, 1, padding_block, model.placement.device), runner.pool)
+    token = FlatBatch.padding(1, 1, runner.padding_block, model.placement.device)
+    logits_LV = model(token, runner.pool)
     if not logits_LV.isfinite().all():
         raise ModelLoadError(
             f"{files.path}: the weights give logits that aren't finite numbers: the file is damaged, or its "

@@ -313,6 +313,7 @@ def test_a_formatted_size_parses_back(num_bytes: int) -> None:
         ({"load_format": "pickle"}, "--load-format", "'pickle'"),
         ({"quantization": "awq"}, "--quantization", "'awq'"),
         ({"kv_allocation": "slab"}, "--kv-allocation", "'slab'"),
+        ({"num_parallel": 4}, "--num-parallel", "4 needs --scheduler sequential"),
         ({"scheduler": "fifo"}, "--scheduler", "'fifo'"),
         ({"kv_allocation": "contiguous", "enable_prefix_caching": True}, "--enable-prefix-caching", ""),
     ],
@@ -361,7 +362,8 @@ def test_server_config_names_flag_and_value(settings_: dict[str, Any], flag: str
 
 
 def test_limits_are_allowed() -> None:
-    EngineConfig(max_model_len=1, max_num_seqs=1, max_num_batched_tokens=1, kv_cache_memory=1, num_parallel=1)
+    EngineConfig(max_model_len=1, max_num_seqs=1, max_num_batched_tokens=1, kv_cache_memory=1)
+    EngineConfig(num_parallel=1, scheduler="sequential")
     EngineConfig(gpu_memory_utilization=1.0)
     ServerConfig(port=0, max_body_size=1, shutdown_timeout=0)
     ServerConfig(port=65535)

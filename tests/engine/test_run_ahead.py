@@ -35,7 +35,12 @@ def with_graphs(engine: Engine, sizes: list[int]) -> Engine:
     runner = engine.runner
     assert isinstance(runner, TorchRunner)
     runner.graphs = DecodeGraphs(
-        runner.model, runner.pool, max_model_len=200, sizes=sizes, record=lambda compute: compute
+        runner.model,
+        runner.pool,
+        padding_block=runner.padding_block,
+        max_model_len=200,
+        sizes=sizes,
+        record=lambda compute: compute,
     )
     return engine
 

@@ -207,7 +207,7 @@ def _modes(
 
 
 def _label(config: EngineConfig) -> str:
-    slots = "" if config.scheduler == "continuous" else f", {config.num_parallel} at once"
+    slots = "" if config.scheduler == "continuous" else f", {config.num_slots} at once"
     return f"{config.kv_allocation} + {config.scheduler}{slots}"
 
 
