@@ -8,12 +8,14 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from minivllm_kernels.cpu import instruction_sets
 
 from minivllm.config import EngineConfig, ServerConfig
 from minivllm.flags import Parser
@@ -222,6 +224,13 @@ class TestDockerfile:
     def test_every_device_has_a_stage(self) -> None:
         stages = re.findall(r"AS (\S+)", "\n".join(Dockerfile().all("FROM")))
         assert {"build", "runtime-cpu", "runtime-cuda"} == set(stages)
+
+    @pytest.mark.skipif(not instruction_sets(), reason="the C++ kernels aren't built")
+    def test_it_sees_that_the_kernels_were_built(self) -> None:
+        (command,) = (line for line in Dockerfile().all("RUN") if "minivllm_kernels" in line)
+        arguments = shlex.split(command.rpartition("&&")[2])
+        assert arguments[:2] == ["python", "-c"]
+        assert subprocess.run([sys.executable, *arguments[1:]]).returncode == 0
 
     def test_its_health_check_needs_no_key(self) -> None:
         (check,) = Dockerfile().all("HEALTHCHECK")
