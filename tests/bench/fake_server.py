@@ -110,9 +110,8 @@ class FakeServer:
         if self.most_under_way >= self.crowd:
             self.is_crowded.set()
         try:
-            if len(self.bodies) > 1:
-                async with asyncio.timeout(30):
-                    await self.is_crowded.wait()
+            if len(self.bodies) > 1 and not self.is_crowded.is_set():
+                await asyncio.wait_for(self.is_crowded.wait(), 30)
             return await self._send(request, self.reply(body))
         finally:
             self.num_under_way -= 1
