@@ -166,7 +166,7 @@ class Setup:
             kv_allocation=self.allocation,
             scheduler=self.scheduler,
             max_num_seqs=self.max_num_seqs,
-            num_parallel=self.num_parallel,
+            num_parallel=self.num_parallel if self.scheduler == "sequential" else None,
             enable_prefix_caching=self.prefix_cache if self.allocation == "paged" else None,
             seed=0,
         )
