@@ -134,8 +134,8 @@ def main(argv: list[str]) -> int:
 
 def software() -> dict[str, str | None]:
     """Versions of what matters to the figures."""
-    found: dict[str, str | None] = {"cuda": torch.version.cuda}
-    for name in ("torch", "triton", "transformers", "numpy"):
+    found: dict[str, str | None] = {"cuda": torch.version.cuda, "torch": torch.__version__}
+    for name in ("triton", "transformers", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -25,6 +25,8 @@ def load_with_transformers(directory: Path) -> Tokenizer:
             f"transformers reads the tokenizer as {type(loaded).__name__}, which has no fast form: "
             "save one as tokenizer.json"
         )
+    if not loaded.encode("a", add_special_tokens=False):  # where tiktoken is installed, damaged files pass
+        raise ModelLoadError("transformers finds no token for the letter a: the tokenizer is damaged")
     return Tokenizer(
         loaded.backend_tokenizer,
         special_tokens={

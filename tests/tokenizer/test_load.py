@@ -311,7 +311,7 @@ def test_malformed_files_are_named(folder: Path, name: str, content: str, messag
     assert name in str(e.value)
 
 
-@pytest.mark.parametrize("cut", [1, 100, -1])
+@pytest.mark.parametrize("cut", [0, 1, 100, -1])
 def test_a_truncated_sentencepiece_model_is_refused(sentencepiece_folder: Path, cut: int) -> None:
     write_json(sentencepiece_folder / "config.json", {"model_type": "llama"})
     (sentencepiece_folder / "tokenizer.model").write_bytes(sentencepiece_model()[:cut])
