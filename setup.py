@@ -101,7 +101,7 @@ setup(
             "minivllm_kernels._cpu",
             [f"{CSRC}/{source}.cpp" for source in (*SOURCES, "module")],
             depends=[str(header) for header in sorted(CSRC.glob("*.h"))],
-            define_macros=[("Py_LIMITED_API", "0x030A0000")],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,
             language="c++",
             optional=True,

@@ -257,7 +257,7 @@ def main() -> None:
         if not contenders:
             raise SystemExit("no contender could be started")
         report: dict[str, Any] = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": shlex.join(machine.without_folders([sys.executable, *sys.argv])),
             "machine": machine.describe(),
             "busy processes": busy,

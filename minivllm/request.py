@@ -10,7 +10,7 @@ import hashlib
 import math
 from array import array
 from dataclasses import dataclass, field, replace
-from enum import Enum
+from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ PENDING_TOKEN = -1
 """Stands in a sequence for a token whose step still runs on the device."""
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a request ended."""
 
     STOP = "stop"  # an end-of-turn token, a stop token id or a stop string

@@ -197,14 +197,14 @@ def _observers(config: ServerConfig) -> Iterator[list[OnRequestEnd]]:
         yield observers
 
 
-async def _drain(room: WaitingRoom, engine: SupervisedEngine, timeout: float) -> None:
-    """Let the requests that have come finish; after ``timeout`` seconds, end them with an error."""
-    logger.info("stopping: %d requests have up to %g s to finish", room.num_requests, timeout)
-    if room.num_requests == 0:  # with a timeout of 0, wait_for doesn't look
+async def _drain(room: WaitingRoom, engine: SupervisedEngine, seconds: float) -> None:
+    """Let the requests that have come finish; after ``seconds``, end them with an error."""
+    logger.info("stopping: %d requests have up to %g s to finish", room.num_requests, seconds)
+    if room.num_requests == 0:  # with 0 s, wait_for doesn't look
         return
     try:
-        await asyncio.wait_for(room.wait_until_empty(), timeout)
-    except asyncio.TimeoutError:
+        await asyncio.wait_for(room.wait_until_empty(), seconds)
+    except TimeoutError:
         logger.warning("%d requests did not finish in time", room.num_requests)
         await engine.close()
 

@@ -73,7 +73,7 @@ class GrammarChecker:
             answer = await asyncio.to_thread(self._submit, grammar)
             try:
                 return await asyncio.wait_for(asyncio.wrap_future(answer), 2 * MAX_SECONDS)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 return "the grammar is too complex: trying it takes too long"
 
     def _submit(self, grammar: str) -> Future[str | None]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import reprlib
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Discriminator, Field, Tag, model_validator
-from typing_extensions import Self
 
 from minivllm.errors import InvalidRequestError
 from minivllm.request import MAX_LOGPROBS, SamplingParams
@@ -316,7 +316,7 @@ class ChatMessage(StrictModel):
     """One message. What a role means, and whether it is allowed, is up to the model's chat template."""
 
     unsupported = frozenset({"annotations", "audio", "reasoning", "refusal"})
-    replaced: ClassVar = {"function_call": "tool_calls"}
+    replaced: ClassVar[Mapping[str, str]] = {"function_call": "tool_calls"}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (

@@ -10,7 +10,7 @@ import json
 import logging
 import logging.handlers
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from minivllm.errors import ConfigError
 from minivllm.server.record import UNKNOWN_ROUTE, RequestRecord
@@ -51,7 +51,7 @@ class RequestLog:
 
 def describe(record: RequestRecord) -> dict[str, object]:
     """What a line has. Of several samples, times are the slowest one's; what isn't known is null."""
-    came = datetime.fromtimestamp(record.unix_time, timezone.utc)
+    came = datetime.fromtimestamp(record.unix_time, UTC)
     line: dict[str, object] = {
         "time": came.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "id": record.request_id,

@@ -4,9 +4,9 @@ and OpenAI tells apart a key that is null from one that is absent.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict  # pydantic needs these before Python 3.12
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 StopReason = Literal["stop", "length", "tool_calls"]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
-from typing_extensions import Self
 
 from minivllm.errors import InvalidRequestError
 from minivllm.server.strict import StrictModel

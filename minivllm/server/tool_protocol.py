@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import string
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import from_json
-from typing_extensions import Self
 
 from minivllm.errors import InvalidRequestError
 from minivllm.server.strict import StrictModel
@@ -105,7 +105,7 @@ Tools = Annotated[list[FunctionTool], Field(min_length=1, max_length=MAX_TOOLS, 
 class ToolFields(StrictModel):
     """The fields of a chat request that are about tools."""
 
-    replaced: ClassVar = {"functions": "tools", "function_call": "tool_choice"}
+    replaced: ClassVar[Mapping[str, str]] = {"functions": "tools", "function_call": "tool_choice"}
 
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None

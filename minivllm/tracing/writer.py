@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from dataclasses import fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
 from minivllm import __version__
@@ -77,7 +77,7 @@ class TraceWriter:
         header = {
             "format": FORMAT,
             "version": __version__,
-            "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
             **about,
             "flags": flags,
         }

@@ -116,7 +116,7 @@ async def send(
     try:
         writer.write(request)
         await asyncio.wait_for(_read(reader, received, answer), leave_after)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         answer.has_left = True
     except OSError:
         pass

@@ -127,7 +127,7 @@ class Client:
                     content = await response.read()
                     if response.status != 200:
                         raise UnreachableError(f"{shown(url)}: {_refusal(response.status, content)}")
-            except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 raise UnreachableError(f"{shown(url)}: {self._failure(error)}") from None
             try:
                 self.model = str(json.loads(content)["data"][0]["id"])
@@ -167,7 +167,7 @@ class Client:
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
             record.error = self._failure(error)
             raise UnreachableError(f"{shown(self._route)}: {record.error}") from None
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             if record.finished is None:  # what happens after the end doesn't matter
                 record.error = self._failure(error)
         if record.finished is None:

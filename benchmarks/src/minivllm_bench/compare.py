@@ -173,7 +173,7 @@ def _new(config: CompareConfig, argv: list[str], models: dict[str, str]) -> Comp
         contenders.append({**_contender(name, f"{name} ({models[name]})", [url]), "is_peer": True})
     root = Path(minivllm.__file__).parent
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(machine.without_folders(["minivllm", "bench", "compare", *argv])),
         "version": f"{minivllm.__version__}, commit {machine.revision(root)}",
         "model": config.model or "",
