@@ -37,7 +37,7 @@ async def play(load: Load) -> None:
 
 def test_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
-    monkeypatch.setenv("COLUMNS", "200")  # the bar cuts its line there, and how long it is depends on the clock
+    monkeypatch.setenv("COLUMNS", "200")  # where the bar cuts its line, which grows with its speed
     monkeypatch.setattr("sys.stderr", terminal)
     run(play(Load(users=1, num_requests=4)))
     shown = [line for line in terminal.getvalue().split("\r") if "under way" in line]
