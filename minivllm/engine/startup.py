@@ -124,7 +124,7 @@ def make_engine(
         eos_token_ids=eos_token_ids,
         grammars=grammars,
     )
-    _check_weights(model, runner, files)
+    _check_weights(runner, files)
     if sizes:
         with stage("decode graphs recorded"):
             runner.graphs = DecodeGraphs(
@@ -158,14 +158,15 @@ def make_engine(
 
 
 @torch.inference_mode()
-def _check_weights(model: Llama, runner: TorchRunner, files: ModelFiles) -> None:
+def _check_weights(runner: TorchRunner, files: ModelFiles) -> None:
     """Compute one token: damaged weights mostly make NaN of everything, and answers of that look empty."""
-    token = FlatBatch.padding(1, 1, runner.padding_block, model.placement.device)
-    logits_LV = model(token, runner.pool)
+    placement = runner.model.placement
+    token = FlatBatch.padding(1, 1, runner.padding_block, placement.device)
+    logits_LV = runner.model(token, runner.pool)
     if not logits_LV.isfinite().all():
         raise ModelLoadError(
             f"{files.path}: the weights give logits that aren't finite numbers: the file is damaged, or its "
-            f"numbers don't fit into --dtype {str(model.placement.dtype).removeprefix('torch.')}"
+            f"numbers don't fit into --dtype {str(placement.dtype).removeprefix('torch.')}"
         )
 
 

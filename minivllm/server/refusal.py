@@ -36,7 +36,7 @@ async def refuse(
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     # The answer is out, but closing a connection with unread input resets it, and a client that is
     # still sending would see the reset instead of the answer. So its bytes are dropped for a while.
-    with contextlib.suppress(asyncio.TimeoutError):
+    with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(_drop_rest(receive), LINGER_SECONDS)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -1,4 +1,4 @@
-"""Triton 3.6's interpreter, with what our kernels need and it lacks."""
+"""The interpreter of Triton 3.6 and 3.7, with what our kernels need and it lacks."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ class Client:
 
     def _failure(self, error: BaseException) -> str:
         """One line about what went wrong on the way."""
-        if isinstance(error, asyncio.TimeoutError):
+        if isinstance(error, TimeoutError):
             return f"no complete answer within {self._timeout:g} s"
         if isinstance(error, aiohttp.ClientConnectorError):
             reason = error.os_error  # asyncio words some of them itself, with the address once more
