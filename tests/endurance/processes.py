@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -21,6 +22,9 @@ from tests.tiny_model import CONFIG
 COUNTS_VARIABLE = "ENDURANCE_COUNTS"
 """Names the file that the server writes its counts to (``counting_server.py``)."""
 _ENGINE_MODULE = "minivllm.engine.process"
+_REQUEST_TASK = "RequestResponseCycle.run_asgi"  # uvicorn's
+_SETTLE_SECONDS = 10.0
+_SETTLE_PAUSE = 0.2
 
 
 @dataclass
@@ -73,6 +77,30 @@ class Endured:
         engine = self.engine_pid()
         if engine is not None:
             counts["engine threads"], counts["engine open files"] = num_threads(engine), num_files(engine)
+        return counts
+
+    async def counts_at_rest(self) -> dict[str, Any]:
+        """The counts once no request is under way and they are the same twice.
+
+        A client has its answer before the server has put all away. Raises TimeoutError.
+        """
+        last = None
+        for _ in range(round(_SETTLE_SECONDS / _SETTLE_PAUSE)):
+            counts = await asyncio.to_thread(self.counts)
+            if counts == last and _REQUEST_TASK not in counts["tasks"]:
+                return counts
+            last = counts
+            await asyncio.sleep(_SETTLE_PAUSE)
+        raise TimeoutError(f"the server isn't at rest after {_SETTLE_SECONDS:g} s: {last}")
+
+    async def counts_settled(self, expected: dict[str, Any]) -> dict[str, Any]:
+        """The counts that have names in ``expected``, once they are as there; after 10 s as they are."""
+        for _ in range(round(_SETTLE_SECONDS / _SETTLE_PAUSE)):
+            counts = await asyncio.to_thread(self.counts)
+            counts = {name: counts.get(name) for name in expected}
+            if counts == expected:
+                break
+            await asyncio.sleep(_SETTLE_PAUSE)
         return counts
 
     def sockets_left(self) -> list[str]:

@@ -110,7 +110,7 @@ async def _compare(
 ) -> None:
     port, rng = endured.port, random.Random(f"{seed}/slow clients")
     await _use(port, seconds, rng)
-    before = await asyncio.to_thread(endured.counts)
+    before = await endured.counts_at_rest()
     alone, beside, num_answers = list[float](), list[float](), 0
     are_complete = True
     for _ in range(rounds):  # in turn: a machine's speed changes over time
@@ -121,7 +121,7 @@ async def _compare(
         beside.append(rate)
         are_complete &= all(answer.is_complete for answer in answers + more)
         num_answers += len(answers + more)
-    after = await _settled(endured, before)
+    after = await endured.counts_settled(before)
     slowdown = 1 - statistics.median(beside) / statistics.median(alone)
     findings.figures = {
         "crowd": {name: getattr(crowd, name) for name in crowd.__dataclass_fields__},
@@ -142,16 +142,6 @@ async def _compare(
         before == after,
         after if before == after else f"{before}, {after}",
     )
-
-
-async def _settled(endured: Endured, expected: dict[str, object]) -> dict[str, object]:
-    """The counts once they are as expected; as they are if that takes more than 10 s."""
-    for _ in range(50):
-        counts = await asyncio.to_thread(endured.counts)
-        if counts == expected:
-            break
-        await asyncio.sleep(0.2)
-    return counts
 
 
 async def _read_late(endured: Endured, findings: Findings) -> None:

@@ -155,7 +155,7 @@ async def _soak(
     port = endured.port
     await _send_all(port, f"{seed}/warm-up", min(num, 1000), at_once)  # pools of threads, caches, allocators
     await until_idle(port)
-    before = await asyncio.to_thread(endured.counts)
+    before = await endured.counts_at_rest()
     blocks_before = endured.num_memory_blocks
     memory = _Memory()
     watching = asyncio.create_task(memory.watch(endured))
@@ -164,7 +164,7 @@ async def _soak(
     seconds = time.monotonic() - start
     watching.cancel()
     health = await until_idle(port)
-    after = await asyncio.to_thread(endured.counts)
+    after = await endured.counts_settled(before)
     more_objects = endured.num_memory_blocks / blocks_before - 1
 
     outcomes = Counter(f"{planned.kind}: {answer.outcome}" for planned, answer in results)
