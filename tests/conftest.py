@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import hypothesis
 import pytest
 from minivllm_kernels import available_backends
 
@@ -28,6 +29,12 @@ from minivllm.engine.startup import load_model, make_engine
 from minivllm.models.llama import Llama
 from minivllm.request import SamplingParams
 from minivllm.weights.files import ModelFiles, resolve_model
+
+# How long an example takes, or finding one, is the machine's affair.
+hypothesis.settings.register_profile(
+    "minivllm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("minivllm")
 
 
 def pytest_report_header() -> str:

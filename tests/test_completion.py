@@ -81,7 +81,7 @@ def expected_result(
     min_tokens=st.integers(0, 4),
     reason=st.sampled_from([FinishReason.LENGTH, FinishReason.STOP, FinishReason.ABORT]),
 )
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_collects_what_the_whole_output_says(
     token_ids: list[int], sizes: list[int], stops: list[str], min_tokens: int, reason: FinishReason
 ) -> None:

@@ -282,7 +282,7 @@ def test_cut_short_at_every_byte(
         )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_a_damaged_file_is_never_a_traceback(
     small_trace: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -49,7 +49,7 @@ seconds = st.floats(0.001, 1000)
 
 
 @given(st.lists(seconds, min_size=1, max_size=8), seconds, st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_times_are_those_of_the_server(gaps: list[float], sent: float, is_chat: bool) -> None:
     server = FakeServer(lambda body: answer(body, gaps))
     endpoint = "chat" if is_chat else "completions"
@@ -112,7 +112,7 @@ def test_an_end_without_done() -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_bytes_may_be_cut_anywhere(data: st.DataObject) -> None:
     """CRLF, comments between events, and pieces that end in the middle of a character."""
     newline = data.draw(st.sampled_from([b"\n", b"\r\n", b"\r"]))

@@ -63,7 +63,6 @@ def generate(server: Server, load: Load, workload: Workload = WORKLOADS["fixed"]
 
 
 @given(st.integers(1, 8), st.integers(1, 40), st.lists(st.integers(1, 50), min_size=1))
-@settings(deadline=None)
 def test_users_send_when_their_last_request_has_ended(users: int, count: int, times: list[int]) -> None:
     server = Server(seconds=lambda n: times[n % len(times)])
     generator = generate(server, Load(users=users, num_requests=count))
@@ -95,7 +94,7 @@ def test_a_run_that_is_complete_before_its_duration() -> None:
 
 
 @given(st.floats(0.1, 10), st.floats(0.2, 5), st.integers(0, 5), st.floats(0, 20))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_an_open_loop_does_not_wait(rate: float, burstiness: float, seed: int, time: float) -> None:
     load = Load(rate=rate, burstiness=burstiness, num_requests=30, seed=seed)
     server = Server(seconds=lambda n: time)

@@ -12,7 +12,7 @@ from minivllm_bench.buddy import BuddyAllocator, next_power_of_two
 from minivllm_bench.reservation import RESERVATIONS, ReservingBlockManager
 
 S = 16  # slots in a block
-MACHINE_SETTINGS = settings(deadline=None, max_examples=100, stateful_step_count=40)
+MACHINE_SETTINGS = settings(max_examples=100, stateful_step_count=40)
 
 
 class Pool:

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm_bench.metrics import Goals, distribution, percentile, summarise
@@ -29,13 +29,11 @@ finite = st.floats(0, 1e6)
 
 
 @given(st.lists(finite, min_size=1), st.floats(0, 100))
-@settings(deadline=None)
 def test_percentiles_are_numpys(values: list[float], percent: float) -> None:
     assert percentile(values, percent) == pytest.approx(np.percentile(values, percent), rel=1e-9, abs=1e-9)
 
 
 @given(st.lists(finite, min_size=1), st.integers(1, 10))
-@settings(deadline=None)
 def test_what_never_ended_is_slower_than_all_else(values: list[float], num_infinite: int) -> None:
     """numpy's percentiles with a number above all others in place of infinity."""
     figures = distribution(values + [math.inf] * num_infinite)
@@ -158,7 +156,6 @@ def records(draw: st.DrawFn) -> RequestRecord:
 
 
 @given(st.lists(records(), max_size=12), st.floats(1, 100))
-@settings(deadline=None)
 def test_figures_are_json_and_hang_together(run: list[RequestRecord], seconds: float) -> None:
     summary = summarise(run, seconds, Goals(ttft=1, e2e=5))
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary

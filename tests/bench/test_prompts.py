@@ -38,7 +38,7 @@ sessions = st.builds(
 
 @pytest.mark.parametrize("name", ["smollm", "llama3"])
 @given(st.integers(0, 2**32), st.integers(0, 10**6), sessions)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_as_many_tokens_as_the_workload_says(name: str, seed: int, number: int, session: Session) -> None:
     talk = converse(TextSource(seed), number, session)
     tokens = tokenizer(name).encode(talk.prompt, add_special_tokens=False)
@@ -56,7 +56,6 @@ def test_every_word_is_one_token(name: str) -> None:
 
 
 @given(st.integers(), st.sets(st.integers(0, 10**6), min_size=2, max_size=20))
-@settings(deadline=None)
 def test_sessions_differ_at_their_start(seed: int, numbers: set[int]) -> None:
     source = TextSource(seed)
     starts = [tuple(source.turn(number, 0, 20).split()[:3]) for number in numbers]
@@ -66,7 +65,6 @@ def test_sessions_differ_at_their_start(seed: int, numbers: set[int]) -> None:
 
 
 @given(sessions, st.integers(0, 1000))
-@settings(deadline=None)
 def test_the_same_seed_says_the_same(session: Session, number: int) -> None:
     def say(seed: int) -> str:
         return converse(TextSource(seed), number, session).prompt
@@ -77,7 +75,6 @@ def test_the_same_seed_says_the_same(session: Session, number: int) -> None:
 
 
 @given(sessions, sessions)
-@settings(deadline=None)
 def test_the_shared_prefix_is_shared_and_nothing_else(one: Session, other: Session) -> None:
     source = TextSource(3)
     prefix = min(one.shared_prefix_tokens, other.shared_prefix_tokens)

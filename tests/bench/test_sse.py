@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm_bench.sse import EventParser
@@ -13,7 +13,6 @@ lines = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_events_come_out_as_they_went_in(data: st.DataObject) -> None:
     newline = data.draw(st.sampled_from(["\n", "\r\n", "\r"]))
     events = data.draw(st.lists(st.lists(lines, min_size=1, max_size=3), max_size=5))

@@ -21,7 +21,7 @@ from minivllm.engine.block_manager import BlockManager, ContiguousBlockManager, 
 from minivllm.request import Request, SamplingParams
 
 S = 16  # slots in a block
-MACHINE_SETTINGS = settings(deadline=None, max_examples=100, stateful_step_count=50)
+MACHINE_SETTINGS = settings(max_examples=100, stateful_step_count=50)
 
 Prefix = tuple[int, ...]
 

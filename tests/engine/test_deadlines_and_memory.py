@@ -136,7 +136,7 @@ def test_deadlines_of_any_order() -> None:
     max_tokens=st.integers(1, 128),
     num_blocks=st.integers(33, 80),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_steps_that_do_not_fit_become_smaller_and_nobody_fails(
     kv_allocation: str, lengths: list[int], max_tokens: int, num_blocks: int
 ) -> None:

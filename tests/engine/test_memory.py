@@ -85,7 +85,7 @@ def test_block_bytes() -> None:
     assert block_bytes(MODEL, torch.bfloat16) == BLOCK // 2
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     device=st.sampled_from(["cpu", "cuda"]),
     free_blocks=st.integers(0, 300),
@@ -287,7 +287,6 @@ def test_format_size(num_bytes: int, text: str) -> None:
 
 
 @given(st.integers(0, 2**60))
-@settings(deadline=None)
 def test_a_formatted_size_parses_back(num_bytes: int) -> None:
     parsed = parse_size(format_size(num_bytes))
     unit = 1024 ** min(3, int(math.log(max(num_bytes, 1), 1024) + 1e-9))

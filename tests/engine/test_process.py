@@ -163,12 +163,15 @@ def test_an_idle_engine_uses_no_cpu(config: EngineConfig) -> None:
     async def idle() -> int:
         async with running(config) as client:
             await tokens_of(client, "a", [5] * 40, SHORT)
-            await asyncio.sleep(0.5)  # torch's threads spin for a moment after their last work
-            before = cpu_ticks(process_id(client))
-            await asyncio.sleep(1.5)
-            return cpu_ticks(process_id(client)) - before
+            for _ in range(5):  # torch's threads spin for a moment after their last work
+                before = cpu_ticks(process_id(client))
+                await asyncio.sleep(1.0)
+                used = cpu_ticks(process_id(client)) - before
+                if used == 0:
+                    break
+            return used
 
-    assert asyncio.run(idle()) <= 1
+    assert asyncio.run(idle()) == 0
 
 
 def test_the_sockets_are_private_and_go_away(config: EngineConfig) -> None:

@@ -418,7 +418,7 @@ def any_request(draw: st.DrawFn, vocab_size: int) -> Request:
     )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(data=st.data(), vocab_size=st.sampled_from([8, 40, 1500, 3000]), seed=st.integers(0, 2**32))
 def test_a_row_does_not_depend_on_the_others(data: st.DataObject, vocab_size: int, seed: int) -> None:
     """Alone, among others, in any order: the same token, and the same log probabilities to the bit."""

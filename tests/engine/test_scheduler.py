@@ -404,7 +404,7 @@ def setups(draw: st.DrawFn) -> Setup:
     )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     setup=setups(),
     num_jobs=st.one_of(st.integers(1, 8), st.integers(8, 20)),

@@ -58,7 +58,7 @@ def tokens_in(record: StepRecord) -> list[str]:
     return [name for name in sampled if name not in record.dropped and name not in failed]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(**LOADS)
 def test_the_records_tell_what_happened(
     setup: Setup, num_jobs: int, seed: int, failing_steps: frozenset[int], runs_ahead: bool
@@ -106,7 +106,7 @@ def test_the_records_tell_what_happened(
     event(f"dropped: {any(record.dropped for record in records)}")
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(**LOADS)
 def test_the_times_are_the_clock_s(
     setup: Setup, num_jobs: int, seed: int, failing_steps: frozenset[int], runs_ahead: bool
@@ -132,7 +132,7 @@ def test_the_times_are_the_clock_s(
         assert before.execute_time <= after.schedule_time  # one thread
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(**LOADS)
 def test_every_life_is_covered_by_its_stays(
     setup: Setup, num_jobs: int, seed: int, failing_steps: frozenset[int], runs_ahead: bool
@@ -292,7 +292,7 @@ def admissions(records: list[StepRecord]) -> list[tuple[str, int]]:
     return begun
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(**LOADS)
 def test_what_is_written_is_valid_and_comes_back(
     tmp_path_factory: pytest.TempPathFactory,

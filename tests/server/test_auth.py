@@ -156,7 +156,7 @@ def test_the_open_paths(port: int, path: str) -> None:
 
 
 @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=30))
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 def test_any_target(port: int, tail: str) -> None:
     if tail.split("?")[0] not in ("health", "ping"):
         refused(port, head("GET", "/" + tail))

@@ -369,8 +369,8 @@ FIELDS = sorted(CompletionRequest.model_fields.keys() | ChatRequest.model_fields
 
 @settings(
     max_examples=80,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # one server for all examples is meant
+    # One server for all examples is meant.
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(
     path=st.sampled_from([COMPLETIONS, CHAT]),

@@ -47,9 +47,7 @@ CONFORMANCE = CHECKS.get_by_names(
         "negative_data_rejection",
     ]
 )
-EXAMPLES = settings(
-    max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-)
+EXAMPLES = settings(max_examples=60, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 
 
 @SCHEMA.parametrize()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
@@ -80,7 +80,6 @@ def test_smollm_encodes_as_its_own_tokenizer(smollm: Tokenizer, text: str) -> No
 
 
 @given(assigned_texts)
-@settings(deadline=None)
 def test_smollm_encodes_any_text_as_its_own_tokenizer(smollm: Tokenizer, text: str) -> None:
     ids = smollm.encode(text)
     assert ids == smollm_reference().encode(text).ids
@@ -88,7 +87,6 @@ def test_smollm_encodes_any_text_as_its_own_tokenizer(smollm: Tokenizer, text: s
 
 
 @given(st.lists(st.integers(0, 49151), max_size=40), st.booleans())
-@settings(deadline=None)
 def test_smollm_decodes_any_tokens_as_its_own_tokenizer(
     smollm: Tokenizer, token_ids: list[int], skip_special_tokens: bool
 ) -> None:
@@ -118,7 +116,6 @@ def test_llama3_encodes_as_tiktoken(text: str) -> None:
 
 
 @given(assigned_texts)
-@settings(deadline=None)
 def test_llama3_encodes_any_text_as_tiktoken(text: str) -> None:
     assert llama3().encode(text, add_special_tokens=False) == tiktoken_encode(text)
 
@@ -186,7 +183,6 @@ def test_gpt2_splits_as_the_built_in_byte_level() -> None:
 
 
 @given(texts)
-@settings(deadline=None)
 def test_sentencepiece_encodes_and_decodes_as_sentencepiece(
     sentencepiece_tokenizer: Tokenizer, text: str
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from typing import SupportsIndex
 
 import pytest
 from hypothesis import given, settings
@@ -37,7 +37,7 @@ def longest_beginning_of_a_stop(text: str, stops: list[str]) -> int:
 
 
 @given(chunked_texts, stop_lists)
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_finds_what_a_search_in_the_whole_text_finds(chunks: list[str], stops: list[str]) -> None:
     matcher = StopStringMatcher(stops)
     shown = "".join(matcher.push(chunk) for chunk in chunks) + matcher.flush()
@@ -45,7 +45,7 @@ def test_finds_what_a_search_in_the_whole_text_finds(chunks: list[str], stops: l
 
 
 @given(chunked_texts, stop_lists)
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_holds_back_no_more_than_it_must(chunks: list[str], stops: list[str]) -> None:
     matcher = StopStringMatcher(stops)
     text = shown = ""
@@ -59,7 +59,7 @@ def test_holds_back_no_more_than_it_must(chunks: list[str], stops: list[str]) ->
 
 
 @given(st.text("ab", min_size=1, max_size=40), st.integers(0, 60))
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_long_repetitive_stop_strings(stop: str, num_before: int) -> None:
     matcher = StopStringMatcher([stop])
     text = stop[:num_before] * 2 + stop + "tail"
@@ -82,10 +82,20 @@ def test_of_stop_strings_that_end_together_the_longest_wins(stops: list[str]) ->
     assert matcher.is_stopped
 
 
-@pytest.mark.parametrize("text", ["a" * 200_000, "ab" * 100_000])
+class CountingStr(str):
+    """Counts how often one of its characters is looked at."""
+
+    num_looks = 0
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        self.num_looks += 1
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("text", ["a" * 20_000, "ab" * 10_000, "aab" * 7_000])
 def test_a_huge_stop_string_makes_nothing_slow(text: str) -> None:
-    start = time.perf_counter()
-    matcher = StopStringMatcher(["a" * 10**7, "ab" * 10**6 + "c"])
+    stops = [CountingStr("a" * 10**6), CountingStr("ab" * 10**5 + "c"), CountingStr("aa" * 10**3 + "b")]
+    matcher = StopStringMatcher(stops)
     shown = "".join(matcher.push(text[i : i + 4]) for i in range(0, len(text), 4))
-    assert time.perf_counter() - start < 5
     assert shown + matcher.flush() == text
+    assert all(0 < stop.num_looks < 8 * len(text) for stop in stops)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
@@ -17,7 +17,6 @@ from .vocabularies import HARD_TEXTS, texts
 
 
 @given(text=texts)
-@settings(deadline=None)
 def test_the_bytes_of_tokens_are_the_text(sentencepiece_tokenizer: Tokenizer, text: str) -> None:
     ids = sentencepiece_tokenizer.encode(text, add_special_tokens=False)
     shown = b"".join(sentencepiece_tokenizer.token_bytes(i) for i in ids)
@@ -89,7 +88,6 @@ def test_impossible_ids_are_refused(tokenizer: Tokenizer, token_id: int) -> None
 
 
 @given(st.lists(st.integers(0, 1199), max_size=30))
-@settings(deadline=None)
 def test_sentencepiece_decodes_valid_text_as_tokenizers_does(
     sentencepiece_tokenizer: Tokenizer, token_ids: list[int]
 ) -> None:

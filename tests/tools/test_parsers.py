@@ -177,7 +177,7 @@ CALLS = st.lists(st.tuples(st.sampled_from(NAMES), ARGUMENTS), min_size=1, max_s
 SEEDS = st.integers(0, 1000)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(calls=CALLS, indent=st.sampled_from([None, 2]), ascii=st.booleans(), seed=SEEDS)
 @pytest.mark.parametrize("kind", ["llama3_json", "hermes"])
 def test_json_calls(kind: str, calls: Any, indent: int | None, ascii: bool, seed: int) -> None:
@@ -212,7 +212,7 @@ KEYWORDS = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(calls=st.lists(st.tuples(st.sampled_from(NAMES), KEYWORDS), min_size=1, max_size=3), seed=SEEDS)
 def test_python_calls(calls: Any, seed: int) -> None:
     """What ``repr`` writes comes back as the same values."""
@@ -259,7 +259,6 @@ PIECES = [
 ]
 
 
-@settings(deadline=None)
 @given(parts=st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25), seed=SEEDS)
 @pytest.mark.parametrize("kind", PARSERS)
 def test_any_text(kind: str, parts: list[str], seed: int) -> None:

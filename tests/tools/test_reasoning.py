@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.tools.reasoning import ReasoningSplitter
@@ -45,7 +45,6 @@ def test_every_split(is_open: bool, text: str, reasoning: str, answer: str) -> N
 PIECES = ["<think>", "</think>", "<", "</", "thi", ">", " ", "\n", "a"]
 
 
-@settings(deadline=None)
 @given(is_open=st.booleans(), parts=st.lists(st.sampled_from(PIECES), max_size=15), seed=st.integers(0, 99))
 def test_any_text(is_open: bool, parts: list[str], seed: int) -> None:
     text = "".join(parts)

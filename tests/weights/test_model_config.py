@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.errors import ModelLoadError
@@ -293,13 +293,11 @@ json_values = st.recursive(
 
 
 @given(name=st.sampled_from(sorted(LLAMA)), value=json_values)
-@settings(deadline=None)
 def test_any_json_is_a_config_or_a_model_load_error(name: str, value: Any) -> None:
     check_loads_or_is_refused(LLAMA | {name: value})
 
 
 @given(name=st.sampled_from(sorted(LLAMA3_SCALING)), value=json_values)
-@settings(deadline=None)
 def test_any_json_is_a_rope_or_a_model_load_error(name: str, value: Any) -> None:
     check_loads_or_is_refused(LLAMA | {"rope_scaling": LLAMA3_SCALING | {name: value}})
 
