@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,23 +82,12 @@ def answer(llm: LLM, messages: list[dict[str, str]], sampling: SamplingParams) -
     """Print the model's answer as it comes; what had come when Ctrl-C stopped it counts as the answer."""
     parts = []
     stream = llm.stream(llm.tokenizer.encode_chat(messages), sampling)
-    with _interrupts() as is_interrupted, closing(stream) as deltas:
-        for delta in deltas:
-            print(delta.text, end="", flush=True)
-            parts.append(delta.text)
-            if is_interrupted:
-                print(" (stopped)", end="")
-                break
+    with closing(stream) as deltas:
+        try:
+            for delta in deltas:
+                parts.append(delta.text)
+                print(delta.text, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
     print()
     return "".join(parts)
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of raising, so that a step is never cut in two."""
-    seen: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, previous)

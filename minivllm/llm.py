@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -12,6 +14,7 @@ from minivllm.completion import CompletionDelta, CompletionStream
 from minivllm.config import EngineConfig
 from minivllm.engine.startup import build_engine
 from minivllm.errors import InvalidRequestError, RequestFailedError
+from minivllm.interrupts import interrupts_wait
 from minivllm.request import EngineEvent, FinishReason, RequestOutput, SamplingParams, check_request
 from minivllm.tokenizer.load import load_tokenizer
 from minivllm.weights.files import resolve_model
@@ -42,7 +45,10 @@ class LLM:
         self._request_ids = map(str, itertools.count())
         self._inboxes: dict[str, list[EngineEvent]] = {}
         """Where each unfinished request's events go: to its call. Several may be under way, in any thread."""
+        self._left: deque[str] = deque()
+        """Requests whose calls are over; they are aborted by whoever has the engine next."""
         self._lock = threading.Lock()
+        """Of the engine."""
 
     def generate(
         self,
@@ -151,21 +157,32 @@ class LLM:
 
     def _add(self, ids: list[int], sampling: SamplingParams, inbox: list[EngineEvent]) -> str:
         """Start a request whose events go to ``inbox``; returns its id."""
-        with self._lock:
-            request_id = next(self._request_ids)
-            self.engine.add(request_id, ids, sampling)
-            self._inboxes[request_id] = inbox
+        request_id = next(self._request_ids)
+        try:
+            with self._engine_alone():
+                self.engine.add(request_id, ids, sampling)
+                self._inboxes[request_id] = inbox
+        except BaseException:  # Ctrl-C waited until here
+            self._end(request_id)
+            raise
         return request_id
 
     def _end(self, request_id: str) -> None:
-        """Forget a request, and abort it if the engine doesn't know yet that it has ended."""
-        with self._lock:
-            if self._inboxes.pop(request_id, None) is not None:
-                self.engine.abort(request_id)
+        """Forget a request, and abort it if the engine doesn't know yet that it has ended.
+
+        Never waits: the garbage collector may close a forgotten stream in the middle of a step.
+        """
+        self._left.append(request_id)
+        with interrupts_wait():
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._abort_left()
+                finally:
+                    self._lock.release()
 
     def _next_events(self, inbox: list[EngineEvent]) -> list[EngineEvent]:
         """Empty ``inbox``; if nothing is in there, take a step first, and give all calls what is theirs."""
-        with self._lock:
+        with self._engine_alone():
             if not inbox:
                 for event in self.engine.step():
                     if event.request_id in self._inboxes:
@@ -178,6 +195,20 @@ class LLM:
             if event.finish_reason is FinishReason.ERROR:
                 raise RequestFailedError(f"the engine failed on this request: {event.error}")
         return events
+
+    @contextmanager
+    def _engine_alone(self) -> Iterator[None]:
+        """The engine is this call's. Ctrl-C waits: a step cut in two leaves blocks that look computed."""
+        with interrupts_wait(), self._lock:
+            self._abort_left()
+            yield
+            self._abort_left()
+
+    def _abort_left(self) -> None:
+        while self._left:
+            request_id = self._left.popleft()
+            if self._inboxes.pop(request_id, None) is not None:
+                self.engine.abort(request_id)
 
 
 def _is_list(value: object) -> bool:

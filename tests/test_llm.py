@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import minivllm
 from minivllm import LLM, FinishReason, SamplingParams
 from minivllm.config import EngineConfig, ServerConfig
+from minivllm.engine.scheduler import ScheduledBatch
 from minivllm.errors import ConfigError, ContextLengthError, InvalidRequestError, RequestFailedError
 from tests.conftest import Oracle
 
@@ -97,6 +102,63 @@ def test_streaming_and_leaving_early(llm: LLM) -> None:
     stream.close()
     whole = llm.generate("Once upon a time", SamplingParams(max_tokens=5, temperature=0), use_tqdm=False)
     assert text == whole[0].outputs[0].text
+
+
+def test_ctrl_c_in_the_middle_of_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that it hasn't written aren't shared with who asks the same again, and nobody else fails."""
+    prompt = [int(token_id) for token_id in torch.randint(100, 40_000, (100,))]
+    other, kernels = llm.stream("Once upon a time", GREEDY), llm.engine.runner.model.kernels  # type: ignore[attr-defined]
+    next(other)
+    write, num_calls = kernels.rope_and_write_kv, itertools.count()
+
+    def interrupted_write(*arguments: Any) -> None:
+        if next(num_calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "rope_and_write_kv", interrupted_write, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([prompt], GREEDY, use_tqdm=False)
+    assert llm.engine.stats().num_running == 1
+    text = "".join(delta.text for delta in other)
+    (again,) = llm.generate([prompt], GREEDY, use_tqdm=False)
+    llm.engine.block_manager.forget_prefixes()
+    (fresh,) = llm.generate([prompt], GREEDY, use_tqdm=False)
+    assert again.outputs[0].token_ids == fresh.outputs[0].token_ids
+    (whole,) = llm.generate("Once upon a time", GREEDY, use_tqdm=False)
+    assert whole.outputs[0].text.endswith(text)
+
+
+def test_ctrl_c_while_a_request_is_added(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = llm.engine.add
+
+    def interrupted_add(*arguments: Any) -> None:
+        add(*arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(llm.engine, "add", interrupted_add)
+    with pytest.raises(KeyboardInterrupt):
+        next(llm.stream("Once upon a time", GREEDY))
+
+
+def test_a_stream_that_is_collected_in_the_middle_of_a_step(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cleaning up runs in whichever thread the garbage collector was in, whatever that one holds."""
+    cycle: list[Any] = [llm.stream("Once upon a time", SamplingParams(max_tokens=500, ignore_eos=True))]
+    cycle.append(cycle)
+    next(cycle[0])
+    schedule = llm.engine.scheduler.schedule
+
+    def collecting_schedule() -> ScheduledBatch:
+        gc.collect()
+        return schedule()
+
+    monkeypatch.setattr(llm.engine.scheduler, "schedule", collecting_schedule)
+    del cycle
+    done = ThreadPoolExecutor(1).submit(llm.generate, "One", GREEDY, use_tqdm=False)
+    assert done.result(timeout=60)[0].outputs[0].token_ids
 
 
 def test_streams_beside_each_other(llm: LLM) -> None:
