@@ -118,17 +118,17 @@ def oracle(embedded_files: ModelFiles) -> Oracle:
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait for what must come, while others run; the test fails if it doesn't."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not condition():
-        assert time.monotonic() < end, "waited 60 s in vain"
+        assert time.monotonic() < end, "waited 180 s in vain"
         await asyncio.sleep(0.01)
 
 
 def wait_until(condition: Callable[[], object]) -> None:
     """:func:`until`, for those without an event loop."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not condition():
-        assert time.monotonic() < end, "waited 60 s in vain"
+        assert time.monotonic() < end, "waited 180 s in vain"
         time.sleep(0.01)
 
 

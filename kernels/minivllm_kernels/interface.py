@@ -40,6 +40,8 @@ class KernelBackend(Protocol):
     name: str
     keeps_packed: bool = False
     """Whether it multiplies with packed weights as they are; otherwise each use expands them."""
+    is_capturable: bool = False
+    """Whether a CUDA graph can record it: no call waits for the device, or copies to it."""
 
     @abstractmethod
     def linear(self, x_TN: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -267,6 +267,9 @@ def choose_tile(
     """For queries and a cache of these dtypes on this generation of cards; as large as registers allow."""
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     is_float32 = dtype == torch.float32
+    # Hoppers and the datacenters' Blackwells multiply from shared memory, and have twice as much of it as
+    # other cards, Blackwells with a display (12.x) among them, which multiply from registers.
+    is_roomy = (9, 0) <= capability < (12, 0)
     if is_decode or is_float32:
         # A decode is bound by the stream of keys and values: bytes in flight, and little of anything else.
         # Exact float32 products have no tensor cores, and are written out one by one.
@@ -274,15 +277,14 @@ def choose_tile(
         keys = max(16, min(64, 8192 // padded_dim // (2 if is_float32 else 1)))
     else:
         rows = max(128 if padded_dim <= 128 else 64, triton.next_power_of_2(group))
-        # Before Hopper, converted keys and values take registers.
-        is_converted = cache_dtype != dtype and capability < (9, 0)
-        needs_room = padded_dim > (64 if is_converted else 128)
+        is_tight = capability >= (12, 0) or (cache_dtype != dtype and not is_roomy)
+        needs_room = padded_dim > (64 if is_tight else 128)
         keys = 32 if needs_room else 64
     num_warps = 8 if rows >= 128 or rows * padded_dim > 128 * 64 else 4
     # The table is a load before the load. Three stages bring a tile's keys and values when the one before is
     # done with, five while it is being worked on. Where shared memory is small, decodes are better off with
     # more programs on each multiprocessor, and the widest heads don't fit twice.
-    fits_twice = capability >= (9, 0) or cache_dtype.itemsize == 1 or not (is_decode or padded_dim > 128)
+    fits_twice = is_roomy or cache_dtype.itemsize == 1 or not (is_decode or padded_dim > 128)
     num_stages = 5 if fits_twice and not is_float32 else 3
     return Tile(rows, 1 if is_decode else rows // group, keys, num_warps, num_stages)
 

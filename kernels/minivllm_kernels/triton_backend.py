@@ -12,10 +12,11 @@ class TritonBackend(ReferenceBackend):
     """Triton kernels, and torch's own matrix products (cuBLAS) and look-ups.
 
     Activations are bfloat16, float16 or float32; the KV cache may have another of these dtypes, or
-    float8_e4m3fn. No call waits for the device, and all can be captured in a CUDA graph.
+    float8_e4m3fn.
     """
 
     name = "triton"
+    is_capturable = True
 
     def rms_norm(
         self, x_TN: torch.Tensor, weight_N: torch.Tensor, eps: float, residual_TN: torch.Tensor | None = None

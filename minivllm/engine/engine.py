@@ -41,6 +41,9 @@ from minivllm.request import (
 
 logger = logging.getLogger(__name__)
 
+STEPS_BEFORE_GROWTH = 1000
+"""So many steps after one that didn't fit into memory, they may be twice as large again: the first time."""
+
 
 class _Step(NamedTuple):
     batch: ScheduledBatch
@@ -120,6 +123,9 @@ class Engine:
         self._in_flight: deque[_Step] = deque()
         """Steps that were started and whose tokens haven't been taken in, oldest first."""
         self._num_step_tokens = 0
+        self._num_small_steps = 0
+        """Since one didn't fit into memory."""
+        self._steps_before_growth = STEPS_BEFORE_GROWTH
         self._waits_for: str | None = None
         self._seeds = random.Random(config.seed)
 
@@ -263,6 +269,8 @@ class Engine:
         except Exception as error:
             return self._fail(batch, record, error)
         self._num_step_tokens += batch.num_tokens
+        if self.scheduler.max_num_batched_tokens < self.scheduler.limits.max_num_batched_tokens:
+            self._grow()
         self.scheduler.advance(batch)
         if record is not None:
             record.launched_time = self.clock()
@@ -295,19 +303,30 @@ class Engine:
     def _shrink(
         self, batch: ScheduledBatch, record: StepRecord | None, error: MemoryError
     ) -> list[EngineEvent]:
-        """A step didn't fit into memory: from now on steps have half as many tokens, and nobody fails."""
+        """A step didn't fit into memory: the next ones have half as many tokens, and nobody fails."""
         evicted = self.scheduler.take_back(batch)
         if self._recorder is not None and record is not None:
             self._recorder.take_back(record, evicted)
         self.scheduler.max_num_batched_tokens = batch.num_tokens // 2
+        if self._num_small_steps >= self._steps_before_growth:
+            self._steps_before_growth *= 2  # growing again and again mustn't keep a long prompt from its end
+        self._num_small_steps = 0
         logger.warning(
-            "a step of %d tokens didn't fit into memory (%s): from now on steps have at most %d; "
-            "set --max-num-batched-tokens to that, or lower --gpu-memory-utilization",
+            "a step of %d tokens didn't fit into memory (%s): the next %d have at most %d; if it happens "
+            "again, set --max-num-batched-tokens to that, or lower --gpu-memory-utilization",
             batch.num_tokens,
             error,
+            self._steps_before_growth,
             self.scheduler.max_num_batched_tokens,
         )
         return []
+
+    def _grow(self) -> None:
+        """After so many small steps, try larger ones: what else was in the memory may have gone."""
+        self._num_small_steps += 1
+        if self._num_small_steps % self._steps_before_growth == 0:
+            limit = self.scheduler.limits.max_num_batched_tokens
+            self.scheduler.max_num_batched_tokens = min(2 * self.scheduler.max_num_batched_tokens, limit)
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""

@@ -91,7 +91,8 @@ def make_engine(
     device = model.placement.device
     kv_dtype = _kv_dtype(config.kv_cache_dtype, model)
     max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
-    sizes = graph_sizes(config.max_num_seqs) if device.type == "cuda" and not config.enforce_eager else []
+    has_graphs = device.type == "cuda" and model.kernels.is_capturable and not config.enforce_eager
+    sizes = graph_sizes(config.max_num_seqs) if has_graphs else []
     workspace_for, graphs = _step_memory(config, model, kv_dtype, max_num_batched_tokens, sizes)
     ledger = plan_memory(
         config,

@@ -151,6 +151,30 @@ def test_steps_that_do_not_fit_become_smaller_and_nobody_fails(
     assert runner.largest <= max_tokens
 
 
+def test_steps_grow_again_when_there_is_memory_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minivllm.engine.engine.STEPS_BEFORE_GROWTH", 10)
+    runner = CountingRunner(max_tokens=3)
+    engine = make_engine(runner, Clock(), enable_prefix_caching=False)
+    sizes = []
+
+    def ask() -> None:
+        engine.add("a", [7] * 128, SamplingParams(max_tokens=20))
+        assert tokens(finish(engine)["a"]) == list(range(128, 148))
+        sizes.append(engine.scheduler.max_num_batched_tokens)
+
+    ask()
+    ask()  # what has grown too much shrinks again
+    assert sizes[-1] < 128
+    assert runner.largest == 2
+    runner.max_tokens = 10**9
+    while sizes[-1] < 128:
+        assert len(sizes) < 1000
+        ask()
+    ask()
+    assert sizes[2:] == sorted(sizes[2:])
+    assert runner.largest == 128
+
+
 def test_a_step_of_one_token_that_does_not_fit_fails_its_request_alone() -> None:
     engine = make_engine(CountingRunner(max_tokens=0), Clock())
     engine.add("a", [1], SamplingParams(max_tokens=10))

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-CAPABILITIES = (80, 89, 90, 100)
+CAPABILITIES = (80, 89, 90, 100, 120)
 NUM_PROCESSORS = 132  # an H100's
 INSTRUCTIONS = {  # of tensor cores, and copies to shared memory that don't wait
     "HMMA": r"\bHMMA",
@@ -134,6 +134,9 @@ def all_cases() -> list[Case]:
     for case in list(cases):
         if case.call in ("decode", "prefill", "layer") and case.capability >= 89 and case.dtype == "bfloat16":
             cases.append(replace(case, cache_dtype="float8_e4m3fn"))
+    # The widest heads ask for the most shared memory.
+    for call, capability in product(("decode", "prefill"), CAPABILITIES):
+        cases.append(Case(call, capability, "bfloat16", "bfloat16", 256))
     return cases
 
 

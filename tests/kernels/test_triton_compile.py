@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton isn't installed", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """What one program may have, by compute capability: CUDA C++ Programming Guide, technical specifications."""
 
 
@@ -56,7 +56,7 @@ def test_shared_memory_fits(rows: list[dict[str, Any]]) -> None:
 
 def test_attention_is_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
     """With the newest instructions where tiles have the 64 rows that these need."""
-    newest = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCMMA"}
+    newest = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCMMA", 120: "HMMA"}
 
     def is_off(row: dict[str, Any]) -> bool:
         counts = row["instructions"] or {}
