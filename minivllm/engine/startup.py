@@ -32,6 +32,8 @@ from minivllm.weights.loader import check_and_iterate, stored_bits
 
 logger = logging.getLogger(__name__)
 
+MIN_CAPABILITY = 8, 0
+"""Ampere: the first cards that compute in bfloat16."""
 DEFAULT_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
@@ -223,11 +225,20 @@ def _step_memory(
 
 
 def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no usable NVIDIA GPU here; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device("cpu")
+    fault = "torch finds no usable NVIDIA GPU here"
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability >= MIN_CAPABILITY:
+            return torch.device("cuda")
+        fault = "this NVIDIA GPU has compute capability {}.{}, and {}.{} is the least that the kernels know"
+        fault = fault.format(*capability, *MIN_CAPABILITY)
+        if name == "auto":
+            logger.warning("%s: the CPU is used", fault)
+    if name == "cuda":
+        raise ConfigError(f"--device cuda: {fault}; use --device cpu")
+    return torch.device("cpu")
 
 
 def _dtype(name: str, files: ModelFiles, device: torch.device) -> torch.dtype:
