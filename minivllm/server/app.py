@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 import minivllm
 from minivllm.config import ServerConfig
-from minivllm.errors import InvalidRequestError, MinivllmError, RequestNotFoundError
+from minivllm.errors import ContextLengthError, InvalidRequestError, MinivllmError, RequestNotFoundError
 from minivllm.server.admission import WaitingRoom
 from minivllm.server.body import JsonRoute
 from minivllm.server.chat import ChatStyle
@@ -162,17 +162,26 @@ def _own_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRout
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Tokenized:
         context.check_model(body.model)
+        limit = context.engine.info.max_model_len
 
         def encode() -> list[int]:
             if body.messages is not None:
                 messages = [message.for_template() for message in body.messages]
-                return tokenizer.encode_chat(messages, add_special_tokens=bool(body.add_special_tokens))
+                return tokenizer.encode_chat(
+                    messages, add_special_tokens=bool(body.add_special_tokens), max_tokens=limit
+                )
             return tokenizer.encode(
-                body.prompt or "", add_special_tokens=body.add_special_tokens is not False
+                body.prompt or "",
+                add_special_tokens=body.add_special_tokens is not False,
+                max_tokens=limit,
             )
 
-        tokens = await asyncio.to_thread(encode)
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": context.engine.info.max_model_len}
+        try:
+            tokens = await asyncio.to_thread(encode)
+        except ContextLengthError as error:
+            error.param = "prompt" if body.messages is None else "messages"
+            raise
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": limit}
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Detokenized:

@@ -87,9 +87,7 @@ class ChatTurn:
             markers.update(ReasoningSplitter.markers)
         return self._tokenizer.special_ids_of(markers)
 
-    def prepare(
-        self, sampling: SamplingParams, max_tokens: int | None
-    ) -> tuple[list[list[int]], SamplingParams]:
+    def prepare(self, sampling: SamplingParams, max_tokens: int) -> tuple[list[list[int]], SamplingParams]:
         """The prompt's token ids, in a list, and the parameters with the grammar of the answer.
 
         A prompt that must have more than ``max_tokens`` is refused.

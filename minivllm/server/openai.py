@@ -54,9 +54,7 @@ def openai_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRo
 
     @router.post("/completions", response_model=Completion, responses=event_stream(Completion))
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
-        def prepare(
-            sampling: SamplingParams, max_tokens: int | None
-        ) -> tuple[list[list[int]], SamplingParams]:
+        def prepare(sampling: SamplingParams, max_tokens: int) -> tuple[list[list[int]], SamplingParams]:
             with_special_tokens = body.add_special_tokens is not False
             return [
                 tokenizer.encode(prompt, add_special_tokens=with_special_tokens, max_tokens=max_tokens)
@@ -85,7 +83,7 @@ async def _generate(
     context: ServerContext,
     request: Request,
     body: GenerationRequest,
-    prepare: Callable[[SamplingParams, int | None], tuple[list[list[int]], SamplingParams]],
+    prepare: Callable[[SamplingParams, int], tuple[list[list[int]], SamplingParams]],
     check_grammar: Callable[[GrammarChecker, str], Awaitable[None]],
     wording: Format,
 ) -> Response:
@@ -108,8 +106,7 @@ async def _generate(
     ticket.priority = body.priority
 
     def make() -> tuple[list[Sample], int]:
-        max_tokens = None if body.truncate_prompt_tokens else context.engine.info.max_model_len
-        prompts, sampling = prepare(body.sampling_params(), max_tokens)
+        prompts, sampling = prepare(body.sampling_params(), context.engine.info.max_model_len)
         if body.truncate_prompt_tokens is not None:
             prompts = [prompt[-body.truncate_prompt_tokens :] for prompt in prompts]
         record.prompt_lengths = [len(prompt) for prompt in prompts]

@@ -18,6 +18,8 @@ from .test_routes import ask
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 VOCAB_SIZE = make_tokenizer().vocab_size
+TOO_LONG = "x" * (MAX_MODEL_LEN * make_tokenizer().longest_token + 1)
+"""For any tokens that the context holds."""
 
 
 def says(response: Any, status: int, param: str | None, words: str) -> None:
@@ -50,6 +52,8 @@ BAD_COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [1, VOCAB_SIZE]}, "prompt", f"got {VOCAB_SIZE}"),
     ({"prompt": [10**30]}, "prompt", "token ids must be from 0"),
     ({"prompt": "x" * 300}, "prompt", "the prompt alone has 300"),
+    ({"prompt": TOO_LONG}, "prompt", f"but the prompt has {len(TOO_LONG)} bytes"),
+    ({"prompt": TOO_LONG, "truncate_prompt_tokens": 4}, "prompt", f"{MAX_MODEL_LEN} tokens of at most"),
     ({"prompt": ["x"] * 1025}, "prompt", "at most 1024, got 1025 times 1"),
     ({"prompt": ["x"] * 9, "n": 128}, "prompt", "at most 1024, got 9 times 128"),
     # sampling
@@ -226,6 +230,8 @@ def test_chat(server: RunningServer, fields: dict[str, Any], param: str, words: 
         ("/tokenize", {"prompt": ["x"]}, "prompt", "must be a string, got ['x']"),
         ("/tokenize", {"prompt": "x", "add_special_tokens": 1}, "add_special_tokens", "true or false"),
         ("/tokenize", {"messages": []}, "messages", "at least 1"),
+        ("/tokenize", {"prompt": TOO_LONG}, "prompt", f"but the prompt has {len(TOO_LONG)} bytes"),
+        ("/tokenize", {"messages": [{**USER, "content": TOO_LONG}]}, "messages", "shorten it"),
         ("/detokenize", {}, "tokens", "tokens is required"),
         ("/detokenize", {"tokens": ["1"]}, "tokens[0]", "must be an integer, got '1'"),
         ("/detokenize", {"tokens": [VOCAB_SIZE]}, "tokens", f"from 0 to {VOCAB_SIZE - 1}, got {VOCAB_SIZE}"),
