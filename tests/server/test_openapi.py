@@ -69,7 +69,9 @@ def test_accepted_requests(label: str) -> None:
     def check(case: schemathesis.Case, data: st.DataObject) -> None:
         optional = sorted(case.body.keys() - required - {"model"})
         kept = data.draw(st.sets(st.sampled_from(optional), max_size=2)) if optional else set()
-        body = {name: value for name, value in case.body.items() if name in required | kept}
+        # Null counts as not given, and may be the value of any field, also of one that there isn't.
+        needed = {name for name in required & case.body.keys() if case.body[name] is not None}
+        body = {name: value for name, value in case.body.items() if name in needed | kept}
         # What the document can't say: token ids end somewhere, nothing may be empty, prompt and messages
         # exclude each other, the template has no tools.
         if "tokens" in body:
