@@ -27,7 +27,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     if match is None:
         raise ConfigError(f"a size is a number and a unit such as 64MB, 2GiB or 4096, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    num_bytes = float(match[1]) * _UNITS[match[2] or ""]
+    if num_bytes >= 2**63:
+        raise ConfigError(f"a size must be below 8 EiB, got {text[:80]!r}")
+    return int(num_bytes)
 
 
 def format_size(num_bytes: int) -> str:

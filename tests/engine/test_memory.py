@@ -262,12 +262,33 @@ def test_parse_size(text: str, num_bytes: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "MB", "-1", "1.MB", ".5G", "1e9", "1 000", "12XB", "1GBB", "0x10", "nan", "inf", "64MB extra"],
+    [
+        "",
+        "MB",
+        "-1",
+        "1.MB",
+        ".5G",
+        "1e9",
+        "1 000",
+        "12XB",
+        "1GBB",
+        "0x10",
+        "nan",
+        "inf",
+        "64MB extra",
+        "8388608TiB",
+    ],
 )
 def test_parse_size_refuses_and_repeats_what_it_got(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_size(text)
     assert repr(text) in caught.value.message
+
+
+def test_a_size_without_end_is_refused_in_few_words() -> None:
+    with pytest.raises(ConfigError, match="below 8 EiB") as caught:
+        parse_size("9" * 400 + "GiB")
+    assert len(caught.value.message) < 200
 
 
 @pytest.mark.parametrize(
