@@ -1,4 +1,4 @@
-"""What a request passes before it reaches a route: id, record, CORS, head, key, body, waiting room.
+"""What a request passes before it reaches a route: id, record, CORS, head, key, body, path, waiting room.
 
 The id comes first, so that every answer carries one, and the record second, so that none is left out. CORS
 comes before the key: a browser asks for leave before it sends the key, and must be able to read a 401. The
@@ -8,19 +8,21 @@ body is read only from those who may send one, and only who has sent it all may 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minivllm.config import ServerConfig, format_size
-from minivllm.errors import HeadersTooLargeError
+from minivllm.errors import HeadersTooLargeError, InvalidRequestError
 from minivllm.server.admission import AdmissionMiddleware, WaitingRoom
 from minivllm.server.auth import ApiKeyMiddleware
 from minivllm.server.body import BodyLimitMiddleware
+from minivllm.server.errors import error_response
 from minivllm.server.keys import ApiKeys
 from minivllm.server.rate_limit import TokenRateLimit
-from minivllm.server.record import OnRequestEnd, RecordMiddleware
+from minivllm.server.record import OnRequestEnd, RecordMiddleware, record_of
 from minivllm.server.refusal import refuse
 from minivllm.server.request_id import HEADER, RequestIdMiddleware
 
@@ -36,7 +38,7 @@ def guard(
     on_request_end: Sequence[OnRequestEnd],
 ) -> ASGIApp:
     """``app`` behind the checks that ``config`` asks for."""
-    app = AdmissionMiddleware(FailureLogMiddleware(app), room, rate_limit)
+    app = PathMiddleware(AdmissionMiddleware(FailureLogMiddleware(app), room, rate_limit))
     app = BodyLimitMiddleware(app, config.max_body_size)
     if api_keys is not None:
         app = ApiKeyMiddleware(app, api_keys)
@@ -78,6 +80,25 @@ class FailureLogMiddleware:
             if not is_answered:
                 raise
             logger.exception("%s %s failed", scope["method"], scope["path"])
+
+
+class PathMiddleware:
+    """Answers 404 to paths with control characters, for which there is no route.
+
+    Starlette's patterns end in ``$``, which lets a line break pass that nobody else here takes for nothing.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection as ASGI has it."""
+        if scope["type"] != "http" or re.search(r"[\x00-\x1f\x7f]", scope["path"]) is None:
+            await self.app(scope, receive, send)
+            return
+        error = InvalidRequestError(f"unknown route {scope['method']} {scope['path']}")
+        record_of(scope).note_error(error)
+        await error_response(error, status_code=404)(scope, receive, send)
 
 
 class HeadLimitMiddleware:
