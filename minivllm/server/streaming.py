@@ -58,6 +58,12 @@ async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _escape_line_breaks(data: str) -> str:
+    """JSON without the line breaks that it may have in strings: to some clients they end an event's line."""
+    data = data.replace("\x85", "\\u0085")
+    return data.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
 class EventStream(Response):
     """A response of server-sent events, written by ``produce`` through the function that it is given.
 
@@ -87,7 +93,8 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": body, "more_body": True})
 
         async def emit(event: Mapping[str, object]) -> None:
-            await send_data(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+            data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+            await send_data(_escape_line_breaks(data))
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:

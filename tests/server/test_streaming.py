@@ -135,3 +135,13 @@ def test_nothing_streams_unless_all_prompts_are_good(server: RunningServer) -> N
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert not server.engine.requests
+
+
+def test_an_event_is_one_line_to_any_client(server: RunningServer) -> None:
+    """Python's ``splitlines``, and so httpx's ``iter_lines``, takes more for a line's end than SSE does."""
+    text = "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"
+    body = {"prompt": text, "echo": True, "stream": True, "max_tokens": 1}
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert events.pop() == "[DONE]"
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == text + "E"
