@@ -133,7 +133,7 @@ def _own_router(context: ServerContext, route_class: type[JsonRoute]) -> APIRout
         status = _status(context)
         return JSONResponse(_health(context, status), status_code=200 if status == "ok" else 503)
 
-    @router.get("/v1/queue/{request_id}")
+    @router.get("/v1/queue/{request_id:path}")  # an X-Request-Id may have slashes
     async def queue_position(request_id: str, request: Request) -> QueuePosition:
         """Where one of the caller's own requests stands, by its X-Request-Id or the id of its answer."""
         ticket = context.room.find(request_id, getattr(request.state, "key_name", ""))

@@ -52,7 +52,7 @@ def debug_router(steps: RecentSteps) -> APIRouter:
         """The engine's last steps: who ran and why others waited. Moments are seconds of its clock."""
         return {"steps": [_whole(record) for record in steps.last(limit)]}
 
-    @router.get("/requests/{request_id}")
+    @router.get("/requests/{request_id:path}")  # an X-Request-Id may have slashes
     async def request_timeline(request_id: str) -> dict[str, Any]:
         """A request's life in the last steps, by the id of its answer or its X-Request-Id."""
         records = steps.last(MOST_STEPS)

@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -80,7 +81,7 @@ async def serving(
 
 async def until_waiting(client: httpx.AsyncClient, id: str, **options: Any) -> dict[str, Any]:
     for _ in range(2000):
-        answer = await client.get(f"/v1/queue/{id}", **options)
+        answer = await client.get(f"/v1/queue/{quote(id, safe='')}", **options)
         if answer.status_code == 200:
             return answer.json()
         await asyncio.sleep(0.005)
@@ -138,12 +139,12 @@ def test_places_in_the_queue() -> None:
         one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
         async with serving(engine, ServerConfig(), keys) as client:
             tasks = []
-            for name, priority in (("a", 0), ("b", 0), ("c", -1)):
+            for name, priority in (("a", 0), ("b", 0), ("trace/17:c?", -1)):
                 body, headers = {**WAITS, "priority": priority}, {**one, "X-Request-Id": name}
                 tasks.append(asyncio.create_task(client.post("/v1/completions", json=body, headers=headers)))
                 await until_waiting(client, name, headers=one)
-            for name, position in (("c", 1), ("a", 2), ("b", 3)):
-                place = (await client.get(f"/v1/queue/{name}", headers=one)).json()
+            for name, position in (("trace/17:c?", 1), ("a", 2), ("b", 3)):
+                place = (await client.get(f"/v1/queue/{quote(name, safe='')}", headers=one)).json()
                 assert place == {
                     "id": name,
                     "status": "waiting",

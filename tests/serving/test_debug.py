@@ -19,12 +19,12 @@ def test_a_request_s_timeline(tmp_path: Path) -> None:
     limits = ("--max-num-batched-tokens", "16", "--debug-routes")
     with serving(*flags, *limits) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         body = {**COMPLETION, "prompt": [5] * 40, "max_tokens": 6, "n": 2}
-        answer = client.post("/v1/completions", json=body, headers={"X-Request-Id": "mine"}).json()
+        answer = client.post("/v1/completions", json=body, headers={"X-Request-Id": "mi/ne"}).json()
         client.post("/v1/completions", json={**COMPLETION, "max_tokens": 2})
-        for id in ("mine", answer["id"]):
+        for id in ("mi%2Fne", answer["id"]):
             timeline = client.get(f"/debug/requests/{id}").json()
             text = "\n".join(timeline["summary"])
-            assert text.count(", mine\n") == 2, "each of its two samples has its life"
+            assert text.count(", mi/ne\n") == 2, "each of its two samples has its life"
             assert "a prompt of 40 tokens" in text
             assert "ended" in text
             assert "6 tokens: length" in text
@@ -44,10 +44,10 @@ def test_a_request_s_timeline(tmp_path: Path) -> None:
         os.kill(engine_process(server), signal.SIGKILL)
         while client.get("/ready").status_code == 200:
             time.sleep(0.02)
-        assert client.get("/debug/requests/mine").json()["summary"] == timeline["summary"]
+        assert client.get("/debug/requests/mi/ne").json()["summary"] == timeline["summary"]
         while client.get("/ready").status_code != 200:
             time.sleep(0.02)
-        assert client.get("/debug/requests/mine").status_code == 404
+        assert client.get("/debug/requests/mi/ne").status_code == 404
 
 
 def test_they_are_off_by_default(embedded_server: object) -> None:
