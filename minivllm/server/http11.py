@@ -117,6 +117,11 @@ class Http11(H11Protocol):
             h11.EndOfMessage(),
         )
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        if self.cycle is not None and not self.cycle.response_complete:
+            # The rest of its body was awaited: to the application the client has left, with this answer.
+            self.cycle.scope["state"]["refusal"] = error
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         # Not at once: see refusal.py.

@@ -159,6 +159,10 @@ class RecordMiddleware:
             record.ended_at = time.monotonic()
             record.key_name = scope["state"].get("key_name")
             record.route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
+            refusal = scope["state"].get("refusal")  # the server's own answer, of which ASGI knows nothing
+            if refusal is not None:
+                record.note_error(refusal)
+                record.status, record.is_complete = refusal.http_status, True
             record.status = record.status or CLIENT_CLOSED_REQUEST
             for end in self.on_end:
                 end(record)

@@ -54,6 +54,28 @@ def test_a_request_that_stops_is_told_and_closed(port: int, beginning: bytes) ->
         assert client.recv(1) == b""
 
 
+@pytest.mark.parametrize(
+    ("rest", "status", "error"),
+    [
+        (b"Content-Length: 100\r\n\r\n{", "408", "slow_request"),
+        (b"Transfer-Encoding: chunked\r\n\r\nno number\r\n", "400", "invalid_request_error"),
+    ],
+)
+def test_the_metrics_have_the_answer(port: int, rest: bytes, status: str, error: str) -> None:
+    """Not a client that left: it got an answer, though not from the application."""
+    assert send_raw(port, POST + rest).status == int(status)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(POST + rest)
+        assert b"".join(iter(lambda: client.recv(65536), b"")).startswith(b"HTTP/1.1 " + status.encode())
+    text = send_raw(port, b"GET /metrics HTTP/1.1\r\nHost: test\r\n\r\n").body.decode()
+    requests = [line for line in text.splitlines() if "http_requests_total{" in line]
+    assert len(requests) == 1
+    assert f'status="{status}"' in requests[0]
+    assert requests[0].endswith(" 2.0")
+    errors = [line for line in text.splitlines() if f'code="{error}"' in line]
+    assert [line.split()[-1] for line in errors if "http_errors_total{" in line] == ["2.0"]
+
+
 def test_a_connection_without_a_request_is_closed(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
         assert client.recv(1) == b""
