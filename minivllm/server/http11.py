@@ -11,6 +11,7 @@ from http import HTTPStatus
 import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minivllm.config import ServerConfig
@@ -65,6 +66,14 @@ class Http11(H11Protocol):
         """Called by the transport."""
         self._stop_timer()
         super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        """Called by uvicorn. It stops reading where a further request has come before this one's answer, and
+        then wouldn't hear of a client that leaves: so that is read too, up to a limit.
+        """
+        super().handle_events()
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= HIGH_WATER_LIMIT:
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """Called by uvicorn. The next request may have begun to arrive before this one was answered."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -35,6 +36,33 @@ def test_leaving_aborts_every_sample(
     assert server.engine.closed.empty()
     client.close()
     assert {server.engine.closed.get(timeout=PATIENCE) for _ in started} == started
+
+
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_leaving_is_noticed_behind_a_further_request(server: RunningServer, is_streaming: bool) -> None:
+    client = connect(server, {"prompt": "[hang]", "stream": is_streaming})
+    started = server.engine.started.get(timeout=PATIENCE)
+    client.sendall(b"GET /version HTTP/1.1\r\nHost: test\r\n\r\n" * 2)
+    client.close()
+    assert server.engine.closed.get(timeout=PATIENCE) == started
+
+
+def test_many_requests_at_once_are_answered_in_turn(server: RunningServer) -> None:
+    """More than is read ahead of the answers: the rest waits in the network."""
+    content = json.dumps({"tokens": [65] * 20_000}).encode()
+    head = (
+        "POST /detokenize HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        sending = threading.Thread(target=client.sendall, args=((head.encode() + content) * 20,))
+        sending.start()
+        received = b""
+        while received.count(b"HTTP/1.1 200 ") < 20:
+            chunk = client.recv(65536)
+            assert chunk
+            received += chunk
+        sending.join()
 
 
 def test_leaving_leaves_others_alone(server: RunningServer) -> None:
