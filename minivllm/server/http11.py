@@ -23,6 +23,10 @@ REQUEST_SECONDS = 60.0
 """How long a request's head may take from its first byte or, on a new connection, from the connection on; and
 how long its body may pause."""
 
+KEEP_ALIVE_SECONDS = 75
+"""How long a connection may be idle between two requests: longer than most clients and proxies would use it,
+so that it isn't closed while a request is on its way."""
+
 
 def uvicorn_config(app: ASGIApp, config: ServerConfig, timeout_graceful_shutdown: int) -> uvicorn.Config:
     """How uvicorn serves ``app``. The TLS files have been checked before (``tls.py``)."""
@@ -39,6 +43,7 @@ def uvicorn_config(app: ASGIApp, config: ServerConfig, timeout_graceful_shutdown
         ssl_keyfile=config.ssl_keyfile,
         ssl_ca_certs=config.ssl_ca_certs,
         ssl_cert_reqs=ssl.CERT_NONE if config.ssl_ca_certs is None else ssl.CERT_REQUIRED,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=timeout_graceful_shutdown,
     )
 
@@ -78,7 +83,8 @@ class Http11(H11Protocol):
     def on_response_complete(self) -> None:
         """Called by uvicorn. The next request may have begun to arrive before this one was answered."""
         super().on_response_complete()
-        self._time_request()
+        if self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]:
+            self._time_request()
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn while it handles h11's error."""

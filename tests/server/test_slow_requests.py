@@ -107,8 +107,33 @@ def test_a_body_in_drops_has_one_time_limit_for_each(port: int, monkeypatch: pyt
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
+def test_who_is_idle_between_two_requests_has_another_limit(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http11, "REQUEST_SECONDS", 1.5)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(HEAD + b"\r\n")
+        with HTTPResponse(client) as answer:
+            answer.begin()
+            assert answer.status == 200
+            answer.read()
+        client.settimeout(2)
+        with pytest.raises(TimeoutError):  # it isn't closed
+            client.recv(1)
+        client.settimeout(10)
+        client.sendall(HEAD)
+        assert client.recv(65536).startswith(b"HTTP/1.1 408 ")
+
+
+def test_nobody_is_idle_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http11, "KEEP_ALIVE_SECONDS", 1)
+    with served(ServerConfig()) as port, socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(HEAD + b"\r\n")
+        assert b"".join(iter(lambda: client.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
+
+
 def test_an_answer_may_take_longer(port: int) -> None:
-    """The limit is the request's; and who is idle between two requests has uvicorn's own."""
+    """The limit is the request's."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
         content = json.dumps({"prompt": "[hang]", "stream": True}).encode()
         head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
