@@ -7,6 +7,8 @@ import typing
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
+from minivllm.server.message_protocol import MAX_MESSAGES
+
 COMPLETIONS, CHAT = "POST /v1/completions", "POST /v1/chat/completions"
 
 OPENAI: dict[str, frozenset[str]] = {
@@ -69,7 +71,8 @@ ROUTES: dict[str, tuple[str, str, str]] = {
 """What a route is for, and whether OpenAI and vLLM have it."""
 
 ABOUT: dict[str | tuple[str, str], str] = {
-    "messages": "The conversation; their fields are in `/openapi.json`.",
+    "messages": f"The conversation, of at most {MAX_MESSAGES:,}, text parts and tool calls counted with "
+    "them; their fields are in `/openapi.json`.",
     ("POST /tokenize", "prompt"): "A text; it or `messages`.",
     "model": "Left out: the served model.",
     (COMPLETIONS, "prompt"): "What to go on from; several prompts give several answers each.",

@@ -111,9 +111,8 @@ def _as_invalid_request(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestEr
             "the body must be JSON, and come with the header Content-Type: application/json"
         )
     expected = _EXPECTED[kind].format(**error.get("ctx", {})) if kind in _EXPECTED else error["msg"]
-    return InvalidRequestError(
-        f"{param or 'the body'} must be {expected}, got {reprlib.repr(given)}", param=param
-    )
+    got = f"one of {len(given)}" if kind == "too_long" else reprlib.repr(given)
+    return InvalidRequestError(f"{param or 'the body'} must be {expected}, got {got}", param=param)
 
 
 def _path(location: Sequence[int | str]) -> str | None:

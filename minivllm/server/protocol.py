@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import reprlib
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
@@ -19,19 +18,16 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from minivllm.errors import InvalidRequestError
 from minivllm.request import MAX_LOGPROBS, SamplingParams
+from minivllm.server.message_protocol import Messages, kind_of_text_or_list
 from minivllm.server.strict import StrictModel
 from minivllm.server.structured_protocol import ResponseFormat, StructuredOutputs, make_grammar
-from minivllm.server.tool_protocol import ToolCall, ToolFields
+from minivllm.server.tool_protocol import ToolFields
 
 MAX_SAMPLES = 1024
 """Most sequences that one request may ask for: prompts times n."""
 
 Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 """An integer that fits the message to the engine. JSON's have no limit."""
-
-
-def _kind_of_text_or_list(value: Any) -> str | None:
-    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
 def _kind_of_prompt(value: Any) -> str | None:
@@ -48,9 +44,9 @@ TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Field(fail_fast=True), Tag("<texts>")]
+    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_SAMPLES), Tag("<texts>")]
     | Annotated[TokenIds, Tag("<ids>")]
-    | Annotated[list[TokenIds], Field(fail_fast=True), Tag("<lists>")],
+    | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_SAMPLES), Tag("<lists>")],
     Discriminator(
         _kind_of_prompt,
         custom_error_type="expected",
@@ -62,7 +58,7 @@ Prompt = Annotated[
 Stop = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[list[str], Field(fail_fast=True), Tag("<list>")],
     Discriminator(
-        _kind_of_text_or_list,
+        kind_of_text_or_list,
         custom_error_type="expected",
         custom_error_message="a string or a list of strings",
     ),
@@ -292,82 +288,6 @@ class CompletionRequest(GenerationRequest):
         if param == "n" and self.best_of is not None and self.best_of > self.num_answers:
             return "best_of"
         return param
-
-
-class TextPart(StrictModel):
-    """A piece of a message."""
-
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_type(cls, data: Any) -> Any:
-        # Before the names are checked: an image is refused for what it is, not for its fields.
-        kind = data.get("type", "text") if isinstance(data, dict) else "text"
-        if isinstance(kind, str) and kind != "text":
-            raise InvalidRequestError(
-                f"only text is supported: type must be 'text', got {kind[:80]!r}", param="type"
-            )
-        return data
-
-
-class ChatMessage(StrictModel):
-    """One message. What a role means, and whether it is allowed, is up to the model's chat template."""
-
-    unsupported = frozenset({"annotations", "audio", "reasoning", "refusal"})
-    replaced: ClassVar[Mapping[str, str]] = {"function_call": "tool_calls"}
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: (
-        Annotated[
-            Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("<list>")],
-            Discriminator(
-                _kind_of_text_or_list,
-                custom_error_type="expected",
-                custom_error_message="a string or a list of text parts",
-            ),
-        ]
-        | None
-    ) = None
-    name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
-    reasoning_content: str | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _check_content(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise InvalidRequestError(
-                f"content is required in a message of role {self.role}", param="content"
-            )
-        for name in ("tool_calls", "reasoning_content"):
-            if getattr(self, name) and self.role != "assistant":
-                raise InvalidRequestError(
-                    f"{name} is only allowed in a message of role assistant, got {self.role!r}", param=name
-                )
-        if self.role == "tool" and self.tool_call_id is None:
-            raise InvalidRequestError(
-                "tool_call_id is required in a message of role tool", param="tool_call_id"
-            )
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates take it, its content one string."""
-        if isinstance(self.content, list):
-            content = "\n".join(part.text for part in self.content)
-        else:
-            content = self.content or ""
-        extra = {
-            "name": self.name,
-            "tool_call_id": self.tool_call_id,
-            "reasoning_content": self.reasoning_content,
-            "tool_calls": [call.for_template() for call in self.tool_calls or []] or None,
-        }
-        return {"role": self.role, "content": content} | {k: v for k, v in extra.items() if v is not None}
-
-
-Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
 class ChatRequest(ToolFields, GenerationRequest):

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from minivllm.server.protocol import ChatMessage, ChatRequest, CompletionRequest, DetokenizeRequest
+from minivllm.server.message_protocol import ChatMessage
+from minivllm.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest
 
 from .fakes import MAX_MODEL_LEN, MODEL, RunningServer, make_tokenizer
 from .test_routes import ask
@@ -54,7 +55,8 @@ BAD_COMPLETION_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x" * 300}, "prompt", "the prompt alone has 300"),
     ({"prompt": TOO_LONG}, "prompt", f"but the prompt has {len(TOO_LONG)} bytes"),
     ({"prompt": TOO_LONG, "truncate_prompt_tokens": 4}, "prompt", f"{MAX_MODEL_LEN} tokens of at most"),
-    ({"prompt": ["x"] * 1025}, "prompt", "at most 1024, got 1025 times 1"),
+    ({"prompt": ["x"] * 1025}, "prompt", "a list of at most 1024, got one of 1025"),
+    ({"prompt": [[]] * 1025}, "prompt", "a list of at most 1024, got one of 1025"),
     ({"prompt": ["x"] * 9, "n": 128}, "prompt", "at most 1024, got 9 times 128"),
     # sampling
     ({"max_tokens": 0}, "max_tokens", "at least 1, got 0"),
@@ -154,6 +156,9 @@ USER = {"role": "user", "content": "Hi"}
 BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": None}, "messages", "messages is required"),
     ({"messages": []}, "messages", "a list of at least 1, got []"),
+    ({"messages": [{}] * 16_385}, "messages", "must be at most 16384, got 16385"),
+    ({"messages": [{"content": [0] * 8192}] * 2}, "messages", "tool calls, must be at most 16384, got 16386"),
+    ({"messages": [{"tool_calls": [0] * 8192}] * 2}, "messages", "must be at most 16384, got 16386"),
     ({"messages": "Hi"}, "messages", "must be a list, got 'Hi'"),
     ({"messages": ["Hi"]}, "messages[0]", "must be an object, got 'Hi'"),
     ({"messages": [{}]}, "messages[0].role", "messages[0].role is required"),
@@ -230,6 +235,7 @@ def test_chat(server: RunningServer, fields: dict[str, Any], param: str, words: 
         ("/tokenize", {"prompt": ["x"]}, "prompt", "must be a string, got ['x']"),
         ("/tokenize", {"prompt": "x", "add_special_tokens": 1}, "add_special_tokens", "true or false"),
         ("/tokenize", {"messages": []}, "messages", "at least 1"),
+        ("/tokenize", {"messages": [{}] * 16_385}, "messages", "must be at most 16384, got 16385"),
         ("/tokenize", {"prompt": TOO_LONG}, "prompt", f"but the prompt has {len(TOO_LONG)} bytes"),
         ("/tokenize", {"messages": [{**USER, "content": TOO_LONG}]}, "messages", "shorten it"),
         ("/detokenize", {}, "tokens", "tokens is required"),
