@@ -5,7 +5,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+
 import pytest
+from starlette.types import Message
+
+from minivllm.server.body import JsonRequest
 
 from .fakes import ANSWER, MODEL, RunningServer
 from .test_bad_requests import CHAT, COMPLETIONS, VOCAB_SIZE, says
@@ -240,3 +246,24 @@ def test_of_a_field_given_twice_the_last_counts(server: RunningServer) -> None:
 def test_other_content_types(server: RunningServer, path: str, content: bytes, content_type: str) -> None:
     response = server.http.post(path, content=content, headers={"Content-Type": content_type})
     says(response, 400, None, "Content-Type: application/json")
+
+
+def test_no_garbage_is_looked_for_among_what_is_read() -> None:
+    """Millions of lists in one body would each time be walked over, while nobody else is served."""
+    content = b"[" + b"[]," * 20_000 + b"[]]"
+    collections: list[str] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    def note(phase: str, _: object) -> None:
+        collections.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        read = asyncio.run(JsonRequest({"type": "http", "headers": []}, receive).json())
+    finally:
+        gc.callbacks.remove(note)
+    assert len(read) == 20_001
+    assert len(collections) < 10
+    assert gc.isenabled()
