@@ -39,7 +39,8 @@ class Answer:
         choices = [self._choice(index, output) for index, output in enumerate(self._best(outputs))]
         content = self._envelope(self.wording.object_name, choices) | {"usage": self._usage(outputs)}
         if self.body.prompt_logprobs is not None:
-            self.wording.add_prompt_logprobs(content, [output.prompt_logprobs or [] for output in outputs])
+            of_prompts = outputs[:: self.samples_per_prompt]
+            self.wording.add_prompt_logprobs(content, [output.prompt_logprobs or [] for output in of_prompts])
         return content
 
     async def stream(self, emit: Emit) -> None:

@@ -47,7 +47,7 @@ class Format(Protocol):
         """What an answer's stream ends with."""
 
     def add_prompt_logprobs(self, content: dict[str, Any], found: list[list[TokenLogprob]]) -> None:
-        """Put the prompts' own log probabilities into a whole answer; ``found`` has one list a sample."""
+        """Put the prompts' own log probabilities into a whole answer; ``found`` has one list a prompt."""
 
 
 class CompletionFormat:
@@ -87,9 +87,9 @@ class CompletionFormat:
 
     def add_prompt_logprobs(self, content: dict[str, Any], found: list[list[TokenLogprob]]) -> None:
         """Into each choice."""
-        per_choice = len(found) // len(content["choices"])
-        for choice, entries in zip(content["choices"], found[::per_choice], strict=True):
-            choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, entries)
+        num_answers = len(content["choices"]) // len(found)
+        for place, choice in enumerate(content["choices"]):
+            choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, found[place // num_answers])
 
     def _logprobs(self, index: int, logprobs: Logprobs) -> CompletionLogprobs | None:
         if logprobs is None:

@@ -208,6 +208,13 @@ def test_best_of_answers_with_the_likeliest(tokenizer: Tokenizer) -> None:
     }
 
 
+def test_best_of_with_prompt_logprobs(server: RunningServer) -> None:
+    """Each choice has its prompt's, however many answers were left out."""
+    answer = complete(server, prompt=["ab", "cd"], best_of=3, n=2, prompt_logprobs=0)
+    found = [[*choice["prompt_logprobs"][1]] for choice in answer["choices"]]
+    assert found == [[str(ord(char))] for char in "bbdd"]
+
+
 def test_best_of_with_logprobs(server: RunningServer) -> None:
     (choice,) = complete(server, best_of=2, logprobs=1)["choices"]
     assert len(choice["logprobs"]["tokens"]) == 3
