@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from minivllm.completion import CompletionDelta
@@ -12,6 +11,7 @@ from minivllm.server.admission import Ticket
 from minivllm.server.context import ServerContext
 from minivllm.server.formats import Choice, Format, Logprobs
 from minivllm.server.generation import OnDelta, Sample, run_samples
+from minivllm.server.logprobs import with_top
 from minivllm.server.protocol import GenerationRequest
 from minivllm.server.record import RequestRecord
 from minivllm.server.responses import StopReason, Usage
@@ -38,9 +38,10 @@ class Answer:
         outputs = await self._run()
         choices = [self._choice(index, output) for index, output in enumerate(self._best(outputs))]
         content = self._envelope(self.wording.object_name, choices) | {"usage": self._usage(outputs)}
-        if self.body.prompt_logprobs is not None:
-            of_prompts = outputs[:: self.samples_per_prompt]
-            self.wording.add_prompt_logprobs(content, [output.prompt_logprobs or [] for output in of_prompts])
+        count = self.body.prompt_logprobs
+        if count is not None:
+            of_prompts = [output.prompt_logprobs or [] for output in outputs[:: self.samples_per_prompt]]
+            self.wording.add_prompt_logprobs(content, [with_top(known, count) for known in of_prompts])
         return content
 
     async def stream(self, emit: Emit) -> None:
@@ -117,14 +118,14 @@ class Answer:
             logprobs = None if logprobs is None else [*(prompt_entries or []), *logprobs]
         return self.wording.choice(index, text, logprobs, self._stop_reason(output.finish_reason))
 
-    def _echo(self, sample: Sample, known: Sequence[TokenLogprob] | None) -> tuple[str, Logprobs]:
+    def _echo(self, sample: Sample, known: list[TokenLogprob] | None) -> tuple[str, Logprobs]:
         """A prompt as an answer begins with it. Of its first token no probability is known."""
         text = self.context.tokenizer.decode(
             sample.prompt_token_ids, skip_special_tokens=sample.sampling.skip_special_tokens
         )
         if not self.body.wants_logprobs or known is None:
             return text, None
-        return text, [sample.prompt_token_ids[0], *known]
+        return text, [sample.prompt_token_ids[0], *with_top(known, sample.sampling.logprobs or 0)]
 
     def _stop_reason(self, reason: FinishReason | None) -> StopReason:
         """OpenAI's word for it. Requests that were aborted or failed have no answer to word."""

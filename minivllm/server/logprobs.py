@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from dataclasses import replace
 
 from minivllm.request import TokenLogprob
 from minivllm.server.responses import (
@@ -36,6 +37,11 @@ class TextOffsets:
         data = self._tokenizer.join_bytes([token_id], skip_special_tokens=self._skip_special_tokens)
         self._offset += len(self._decoder.decode(data))
         return offset
+
+
+def with_top(logprobs: list[TokenLogprob], count: int) -> list[TokenLogprob]:
+    """``logprobs`` with no more than ``count`` of the most likely tokens each."""
+    return [replace(entry, top=entry.top[:count]) for entry in logprobs]
 
 
 def completion_logprobs(

@@ -278,7 +278,10 @@ class CompletionRequest(GenerationRequest):
         if self.best_of is not None and self.best_of > self.num_answers:
             fields |= {"n": self.best_of, "logprobs": self.logprobs or 0}
         if self.echo and self.logprobs is not None:
-            fields["prompt_logprobs"] = self.logprobs
+            # The engine is asked for the greater number; each use takes as many as it asked for.
+            given = self.prompt_logprobs
+            if given is None or 0 <= given < self.logprobs:
+                fields["prompt_logprobs"] = self.logprobs
         if self.only_echoes:
             fields |= {"max_tokens": 1, "min_tokens": None}
         return fields

@@ -153,6 +153,25 @@ def test_prompt_logprobs_as_vllm_words_them(server: RunningServer) -> None:
     assert "prompt_logprobs" not in answer["choices"][0]
 
 
+@pytest.mark.parametrize(("logprobs", "num_prompt_logprobs"), [(0, 2), (1, 0), (2, 1), (1, 1)])
+def test_echo_and_prompt_logprobs_have_a_number_each(
+    server: RunningServer, logprobs: int, num_prompt_logprobs: int
+) -> None:
+    """The engine is asked once, for the greater."""
+    fields = {"prompt": "ab", "echo": True, "logprobs": logprobs, "prompt_logprobs": num_prompt_logprobs}
+    (choice,) = complete(server, **fields, max_tokens=1)["choices"]
+    assert choice["prompt_logprobs"][1].keys() == {"98", *["7", "0"][:num_prompt_logprobs]}
+    assert choice["logprobs"]["top_logprobs"][1].keys() == {"b", *["\x07", "\x00"][:logprobs]}
+
+
+@pytest.mark.parametrize("wrong", [-1, 21])
+def test_a_wrong_number_is_refused_beside_the_other(server: RunningServer, wrong: int) -> None:
+    for name, other in (("logprobs", "prompt_logprobs"), ("prompt_logprobs", "logprobs")):
+        body = {"prompt": "ab", "echo": True, name: wrong, other: 1}
+        answer = server.http.post(COMPLETIONS, json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+
+
 def test_what_is_impossible_in_a_prompt(server: RunningServer) -> None:
     """JSON has no minus infinity."""
     fields: dict[str, Any] = {"prompt": [97, 0], "max_tokens": 1}
