@@ -16,6 +16,7 @@ from minivllm.server.protocol import GenerationRequest
 from minivllm.server.record import RequestRecord
 from minivllm.server.responses import StopReason, Usage
 from minivllm.server.streaming import Emit
+from minivllm.tokenizer.detokenizer import IncrementalDetokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class Answer:
                     await emit_choice(choice)
 
         for sample in self.samples:
+            self._begin(sample.index, sample)
             await emit_choice(self.wording.opening(sample.index))
         outputs = await self._run(on_delta)
         if include_usage:
@@ -105,24 +107,31 @@ class Answer:
             best += sorted(group, key=_mean_logprob, reverse=True)[: self.body.num_answers]
         return best
 
+    def _begin(self, index: int, sample: Sample) -> None:
+        self.wording.begin(index, [] if self.body.echoes else sample.prompt_token_ids)
+
     def _choice(self, index: int, output: CompletionOutput) -> Choice:
-        text = output.text
+        sample, text = self.samples[output.index], output.text
+        self._begin(index, sample)
         logprobs: Logprobs = None if output.logprobs is None else [*output.logprobs]
         if not self.body.wants_logprobs:  # they were for finding the best
             logprobs = None
         if self.body.only_echoes:
             text, logprobs = "", None if logprobs is None else []
         if self.body.echoes:
-            prompt_text, prompt_entries = self._echo(self.samples[output.index], output.prompt_logprobs)
+            prompt_text, prompt_entries = self._echo(sample, output.prompt_logprobs)
             text = prompt_text + text
             logprobs = None if logprobs is None else [*(prompt_entries or []), *logprobs]
         return self.wording.choice(index, text, logprobs, self._stop_reason(output.finish_reason))
 
     def _echo(self, sample: Sample, known: list[TokenLogprob] | None) -> tuple[str, Logprobs]:
         """A prompt as an answer begins with it. Of its first token no probability is known."""
-        text = self.context.tokenizer.decode(
-            sample.prompt_token_ids, skip_special_tokens=sample.sampling.skip_special_tokens
+        detokenizer = IncrementalDetokenizer(
+            self.context.tokenizer, [], skip_special_tokens=sample.sampling.skip_special_tokens
         )
+        text = detokenizer.push(sample.prompt_token_ids)
+        if self.body.only_echoes:  # else what is left of a character comes with the answer's first token
+            text += detokenizer.flush()
         if not self.body.wants_logprobs or known is None:
             return text, None
         return text, [sample.prompt_token_ids[0], *with_top(known, sample.sampling.logprobs or 0)]

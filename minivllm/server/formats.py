@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from minivllm.request import TokenLogprob
@@ -34,6 +34,9 @@ class Format(Protocol):
     shown_token_ids: frozenset[int]
     """Special tokens that show their text, because something is to be read off them."""
 
+    def begin(self, index: int, before: Sequence[int]) -> None:
+        """An answer comes. Its text goes on from the token ids ``before``: none, where it echoes them."""
+
     def choice(self, index: int, text: str, logprobs: Logprobs, finish_reason: StopReason) -> Choice:
         """A whole answer."""
 
@@ -59,8 +62,13 @@ class CompletionFormat:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._offsets: defaultdict[int, TextOffsets] = defaultdict(
-            lambda: TextOffsets(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._skip_special_tokens = skip_special_tokens
+        self._offsets: dict[int, TextOffsets] = {}
+
+    def begin(self, index: int, before: Sequence[int]) -> None:
+        """See :class:`Format`."""
+        self._offsets[index] = TextOffsets(
+            self._tokenizer, before, skip_special_tokens=self._skip_special_tokens
         )
 
     def choice(
@@ -109,11 +117,15 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._turn = turn
         self._no_content = None if turn.is_parsed else ""
-        self._parsers: dict[int, MessageParser] = {}  # of the answers that are streamed
+        self._parsers: dict[int, MessageParser] = {}
+
+    def begin(self, index: int, before: Sequence[int]) -> None:
+        """See :class:`Format`."""
+        self._parsers[index] = self._turn.make_parser()
 
     def choice(self, index: int, text: str, logprobs: Logprobs, finish_reason: StopReason) -> ChatChoice:
         """See :class:`Format`."""
-        parser = self._turn.make_parser()
+        parser = self._parsers[index]
         return {
             "index": index,
             "message": join((parser.push(text), parser.finish()), content=self._no_content),
@@ -123,7 +135,6 @@ class ChatFormat:
 
     def opening(self, index: int) -> ChatChunkChoice:
         """The role; and no content where there may be none."""
-        self._parsers[index] = self._turn.make_parser()
         return _chunk(index, {"role": "assistant", "content": self._no_content})
 
     def chunk_choice(self, index: int, text: str, logprobs: Logprobs) -> ChatChunkChoice | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
+from collections.abc import Sequence
 from dataclasses import replace
 
 from minivllm.request import TokenLogprob
@@ -13,6 +13,7 @@ from minivllm.server.responses import (
     PromptLogprobs,
     TopLogprob,
 )
+from minivllm.tokenizer.detokenizer import IncrementalDetokenizer
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0
@@ -22,20 +23,21 @@ MIN_LOGPROB = -9999.0
 class TextOffsets:
     """Where each token of an answer begins in its text, in characters.
 
-    A character's bytes may be spread over several tokens, so bytes are counted as UTF-8 decodes them.
+    A character's bytes may be spread over several tokens, and some text isn't shown, so the text is worked
+    out as it is for the answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def __init__(
+        self, tokenizer: Tokenizer, before: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> None:
+        """``before``: the token ids that the answer goes on from."""
+        self._detokenizer = IncrementalDetokenizer(tokenizer, before, skip_special_tokens=skip_special_tokens)
         self._offset = 0
 
     def add(self, token_id: int) -> int:
         """The place of the answer's next token."""
         offset = self._offset
-        data = self._tokenizer.join_bytes([token_id], skip_special_tokens=self._skip_special_tokens)
-        self._offset += len(self._decoder.decode(data))
+        self._offset += len(self._detokenizer.push([token_id]))
         return offset
 
 
