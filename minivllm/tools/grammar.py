@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from minivllm.errors import InvalidRequestError
-from minivllm.tools import reasoning
+from minivllm.tools import llama_json, reasoning
 from minivllm.tools.style import ToolStyle
 from minivllm.tools.tool import Choice, Tool
 
@@ -109,10 +110,10 @@ def _hermes(is_required: bool, is_parallel: bool, no_text: str) -> Iterator[str]
 
 
 def _llama_json(is_required: bool, is_parallel: bool, no_text: str) -> Iterator[str]:
-    """Text may not begin as a call does."""
+    """Text may not begin as a call does, and nowhere hold the tag that a call may follow."""
     yield f"answer: {'calls' if is_required else '(calls | TEXT)?'}"
     yield f"calls: call{_more('call', _text('; ')) if is_parallel else ''}"
-    yield "TEXT: /[^\\s{<;](.|\\n)*/"  # < begins <|python_tag|>
+    yield f"TEXT: /[^\\s{{;{no_text}](.|\\n)*/ & ~/(.|\\n)*{re.escape(llama_json.TAG)}(.|\\n)*/"
 
 
 def _pythonic(is_required: bool, is_parallel: bool, no_text: str) -> Iterator[str]:

@@ -137,6 +137,24 @@ def test_auto(style: str) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("may_reason", "is_reasoning"), [(False, False), (True, False), (False, True)])
+def test_text_hides_no_calls(style: str, may_reason: bool, is_reasoning: bool) -> None:
+    """What a strict tool's parser reads as a call must satisfy its schema, wherever in a text it is."""
+    tools = [Tool("get_weather", "", WEATHER, is_strict=True)]
+    grammar = tool_grammar(
+        STYLES[style], tools, "auto", is_parallel=True, may_reason=may_reason, is_reasoning=is_reasoning
+    )
+    thought = "Hm.</think>" if is_reasoning else ""
+    for marker in STYLES[style].parser.markers or ("[",):
+        for text in (f"Sure {marker}", f"Sure.\n<{marker} ", f"Sure {marker}; {marker}\n", "Sure, "):
+            text += write(style, [BAD[1][0], BAD[0][0]])
+            _, calls = read(STYLES[style].parser(["get_weather"]), [text])
+            assert not calls or not accepts(grammar, thought + text)
+        for text in ("Sure.", "Sure" if may_reason else "<b>", f"Say {marker[:-1]}", f"{marker[1:]}x\n<"):
+            assert accepts(grammar, thought + text)
+
+
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("choice", ["auto", "required"])
 def test_reasoning_comes_first(style: str, choice: Any) -> None:
     tools = [Tool("get_weather", "", WEATHER, is_strict=True)]
