@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from minivllm.errors import InvalidRequestError
 from minivllm.tools import llama_json, reasoning
@@ -26,6 +27,13 @@ _KEYWORD_SCHEMA = frozenset(
         *("$schema", "$comment", "title", "description", "default", "examples", "deprecated"),
     }
 )
+
+# Where a schema's keywords hold no schemas, and where the keys are no keywords.
+_DATA = frozenset({"const", "enum", "default", "examples"})
+_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
+
+# The schema of all parameters, in the schema of one.
+_ROOT = "#/$defs/parameters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +179,7 @@ def _keywords(rule: str, schema: Mapping[str, Any]) -> Iterator[str]:
                 "where calls are written as Python, a parameter's name must be an identifier, and among "
                 f'"properties", got {str(name)[:80]!r}'
             )
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    root = _moved(_closed(schema))
     names = [name for name in properties if properties[name] is not False or name in required]
     yield f"{rule}_arguments: {rule}_first_0"
     for i, name in enumerate(names):
@@ -179,7 +187,9 @@ def _keywords(rule: str, schema: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(value, (dict, bool)):
             raise InvalidRequestError(f"the schema of {name[:80]!r} must be an object, got {str(value)[:80]}")
         own = value if isinstance(value, dict) else {} if value else {"enum": []}
-        yield f"{rule}_{i}: {_text(name + '=')} {_json({**definitions, **own})}"
+        if '"$ref"' in json.dumps(own):
+            own = {"$ref": f"{_ROOT}/properties/{quote(name)}", "$defs": {"parameters": root}}
+        yield f"{rule}_{i}: {_text(name + '=')} {_json(own)}"
         following = f"{rule}_rest_{i + 1}"
         if name in required:
             yield f"{rule}_first_{i}: {rule}_{i} {following}"
@@ -189,6 +199,23 @@ def _keywords(rule: str, schema: Mapping[str, Any]) -> Iterator[str]:
             yield f'{rule}_rest_{i}: (", " {rule}_{i})? {following}'
     yield f'{rule}_first_{len(names)}: ""'
     yield f'{rule}_rest_{len(names)}: ""'
+
+
+def _moved(schema: Any) -> Any:
+    """A schema whose references to its root lead to :data:`_ROOT`, where it is part of another."""
+    if isinstance(schema, list):
+        return [_moved(item) for item in schema]
+    if not isinstance(schema, dict) or "$id" in schema:  # with an id, it is its own references' root
+        return schema
+    moved: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and value[:2] in ("#", "#/"):
+            moved[key] = _ROOT + value[1:]
+        elif key in _SCHEMAS_BY_NAME and isinstance(value, dict):
+            moved[key] = {name: _moved(named) for name, named in value.items()}
+        else:
+            moved[key] = value if key in _DATA else _moved(value)
+    return moved
 
 
 def _more(rule: str, separator: str) -> str:

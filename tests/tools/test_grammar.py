@@ -286,6 +286,65 @@ def test_arguments_that_the_schema_does_not_name(style: str) -> None:
         assert accepts(grammar, write(style, calls))
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("properties", "good", "bad"),
+    [
+        (
+            {"a": {"anyOf": [{"type": "null"}, {"$ref": "#"}]}},
+            [{"a": None}, {"a": {}}, {"a": {"a": {"a": None}}}],
+            [{"a": 5}, {"a": {"b": None}}],
+        ),
+        ({"a": {"type": "integer"}, "b": {"$ref": "#/properties/a"}}, [{"b": 5}], [{"b": "x"}]),
+        ({"é": {"type": "integer"}, "ö": {"$ref": "#/properties/%C3%A9"}}, [{"ö": 5}], [{"ö": "x"}]),
+        (
+            {"a": {"$ref": "#/$defs/k", "$defs": {"k": {"type": "string"}}}, "b": {"$ref": "#/$defs/k"}},
+            [{"a": 5}, {"b": 5}],
+            [{"a": "x"}, {"b": "x"}],
+        ),
+        (
+            {"a": {"items": {"$ref": "#/properties/a/$defs/k"}, "$defs": {"k": {"type": "string"}}}},
+            [{"a": ["x"]}],
+            [{"a": [5]}],
+        ),
+        ({"a": {"$ref": "#/definitions/k/items"}}, [{"a": True}], [{"a": 5}]),
+        ({"a": {"$ref": "#here"}}, [{"a": 5}], [{"a": "x"}]),
+        # What only looks like a reference: data, and a property of that name.
+        (
+            {"a": {"enum": [{"$ref": "#"}]}, "b": {"$ref": "#"}},
+            [{"a": {"$ref": "#"}}, {"b": {"a": {"$ref": "#"}}}],
+            [{"a": {"$ref": "x"}}],
+        ),
+        (
+            {"a": {"properties": {"$ref": {"const": "#"}, "enum": {"$ref": "#/$defs/k"}}}},
+            [{"a": {"$ref": "#", "enum": 5}}],
+            [{"a": {"$ref": "x"}}, {"a": {"enum": "x"}}],
+        ),
+        # A document of its own.
+        (
+            {"a": {"$id": "http://x/y", "$ref": "#/$defs/k", "$defs": {"k": {"type": "string"}}}},
+            [{"a": "x"}],
+            [{"a": 5}],
+        ),
+    ],
+)
+def test_references_within_the_schema(
+    style: str, properties: dict[str, Any], good: list[dict[str, Any]], bad: list[dict[str, Any]]
+) -> None:
+    """They begin at the parameters, however a call is written."""
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "$defs": {"k": {"$anchor": "here", "type": "integer"}},
+        "definitions": {"k": {"items": {"type": "boolean"}}},
+    }
+    grammar = tool_grammar(STYLES[style], [Tool("f", "", schema)], "required", is_parallel=False)
+    for arguments in good:
+        assert accepts(grammar, write(style, [("f", arguments)])), arguments
+    for arguments in bad:
+        assert not accepts(grammar, write(style, [("f", arguments)])), arguments
+
+
 def test_every_order_of_optional_keywords() -> None:
     schema = {
         "type": "object",
