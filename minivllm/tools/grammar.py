@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from minivllm.errors import InvalidRequestError
+from minivllm.request import MAX_GRAMMAR_CHARS
 from minivllm.tools import llama_json, reasoning
 from minivllm.tools.style import ToolStyle
 from minivllm.tools.tool import Choice, Tool
@@ -75,7 +76,8 @@ def tool_grammar(
     for i in offered:
         holds = choice == "required" or tools[i].is_strict
         with _blaming(i):
-            of_tool[i] = [*_call(style.name, f"f{i}", tools[i], tools[i].parameters if holds else None)]
+            rules_of_call = _call(style.name, f"f{i}", tools[i], tools[i].parameters if holds else None)
+            of_tool[i] = [*_bounded(rules_of_call)]
     rules = [rule for rules in of_tool.values() for rule in rules]
     rules.append(f"call: {' | '.join(f'f{i}' for i in offered)}")
     # Where a tag may open reasoning, text begins with something else, to tell them apart.
@@ -102,6 +104,19 @@ def _blaming(index: int) -> Iterator[None]:
     except InvalidRequestError as error:
         error.param = f"tools[{index}].function.parameters"
         raise
+
+
+def _bounded(rules: Iterable[str]) -> Iterator[str]:
+    """The rules, as long as they aren't too long: a schema's definitions are repeated in many of them."""
+    num_chars = 0
+    for rule in rules:
+        num_chars += len(rule)
+        if num_chars > MAX_GRAMMAR_CHARS:
+            raise InvalidRequestError(
+                f"the grammar of a function's calls must have at most {MAX_GRAMMAR_CHARS} characters, "
+                "this one has more: name fewer parameters, or shorter definitions"
+            )
+        yield rule
 
 
 def _hermes(is_required: bool, is_parallel: bool, no_text: str) -> Iterator[str]:

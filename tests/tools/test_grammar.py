@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from typing import Any
 
 import pytest
 
 from minivllm.errors import InvalidRequestError
+from minivllm.request import MAX_GRAMMAR_CHARS
 from minivllm.structured import check_grammar
 from minivllm.tools import grammar as grammars
 from minivllm.tools.style import STYLES
@@ -242,6 +244,22 @@ def test_hostile_schemas_are_followed_or_refused(style: str, schema: dict[str, A
         assert style == "pythonic", "JSON can hold all of these"
     else:
         assert accepts(grammar, write(style, [("f", {})]))
+
+
+def test_definitions_that_every_parameter_repeats() -> None:
+    """Refused before the grammar is written: with so many parameters it would have 200 million characters."""
+    schema = {
+        "type": "object",
+        "properties": {f"a{i}": {"$ref": "#/$defs/long"} for i in range(2000)},
+        "$defs": {"long": {"enum": ["x" * 50_000]}},
+    }
+    tracemalloc.start()
+    with pytest.raises(InvalidRequestError, match=f"at most {MAX_GRAMMAR_CHARS} characters") as error:
+        tool_grammar(STYLES["pythonic"], [Tool("f", "", schema)], "required", is_parallel=False)
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert error.value.param == "tools[0].function.parameters"
+    assert most_bytes < 20_000_000
 
 
 @pytest.mark.parametrize("style", STYLES)
