@@ -48,7 +48,10 @@ class PythonLiteral:
 
     @property
     def held(self) -> str:
-        """What was read and hasn't come out yet: a scalar, or an escape, that has no end."""
+        """What was read and hasn't come out yet: a scalar, or an escape, that has no end.
+
+        Without the character at which the value failed.
+        """
         return self._held
 
     def push(self, char: str) -> str:
@@ -80,8 +83,10 @@ class PythonLiteral:
 
     def _in_scalar(self, char: str) -> str:
         if char.isascii() and (char.isalnum() or char in "+-."):
+            if len(self._held) == MAX_SCALAR_CHARS:
+                return self._fail()
             self._held += char
-            return "" if len(self._held) <= MAX_SCALAR_CHARS else self._fail()
+            return ""
         value = _scalar(self._held)
         if value is None:
             return self._fail()
@@ -111,9 +116,9 @@ class PythonLiteral:
     def _in_hex(self, char: str) -> str:
         if not (char.isascii() and char in "0123456789abcdefABCDEF"):
             return self._fail()
-        self._held += char
-        kind, digits = self._held[1], self._held[2:]
+        kind, digits = self._held[1], self._held[2:] + char
         if len(digits) < _HEX_DIGITS[kind]:
+            self._held += char
             return ""
         code = int(digits, 16)
         if code > 0x10FFFF:

@@ -132,6 +132,10 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("pythonic", "[f(a=12", "", [("f", '{"a": 12')]),
     ("pythonic", "[f(a=1 2)]", "2)]", [("f", '{"a": 1')]),
     ("pythonic", "[f(a=(1,2))]", "(1,2))]", [("f", '{"a": ')]),
+    ("pythonic", '[f(a="\\U00110000x")]', '\\U00110000x")]', [("f", '{"a": "')]),
+    ("pythonic", '[f(a="\\u12g")]', '\\u12g")]', [("f", '{"a": "')]),
+    ("pythonic", f"[f(a={'12345' * 81})]", f"{'12345' * 81})]", [("f", '{"a": ')]),
+    ("pythonic", f"[f(a={'12345' * 80})]", "", [("f", f'{{"a": {"12345" * 80}}}')]),
     # Python: content
     *(
         ("pythonic", text, text, [])
@@ -255,6 +259,7 @@ PIECES = [
         "1",
         "True",
         "hello",
+        '[f(a="\\U00110000',
     ),
 ]
 
@@ -262,13 +267,15 @@ PIECES = [
 @given(parts=st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25), seed=SEEDS)
 @pytest.mark.parametrize("kind", PARSERS)
 def test_any_text(kind: str, parts: list[str], seed: int) -> None:
-    """Cuts change nothing, and a text without calls is content to the character."""
+    """Cuts change nothing, and a text without calls, or after a call that failed, is content as it was."""
     text = "".join(parts)
     whole = read(PARSERS[kind](NAMES), [text])
     for pieces in splits(text, seed):
         assert read(PARSERS[kind](NAMES), pieces) == whole
     if not whole[1]:
         assert whole[0] == text
+    if kind == "pythonic":
+        assert text.endswith(whole[0])
 
 
 @pytest.mark.parametrize("kind", PARSERS)
