@@ -39,7 +39,8 @@ MASK_SECONDS_PER_TOKEN = 0.02
 
 T = TypeVar("T")
 
-_ASCII_CLASSES = {"d": "0-9", "w": "0-9A-Za-z_"}
+# By escape, as they are inside of brackets: of the complements, brackets of their own.
+_ASCII_CLASSES = {"d": "0-9", "w": "0-9A-Za-z_", "D": "[^0-9]", "W": "[^0-9A-Za-z_]"}
 _TRIAL_WALKS, _TRIAL_TOKENS = 3, 16
 _JSON_OPTIONS = {
     # Compact, or indented by tabs or by spaces. JSON allows space without end, in which models get lost.
@@ -93,8 +94,9 @@ def grammar_from_json_object() -> str:
 def grammar_from_regex(pattern: str) -> str:
     """The grammar of the texts that ``pattern`` matches from beginning to end, ``re.fullmatch``'s way.
 
-    The syntax is that of Rust's regex crate: Python's without look-around and back references. ``\\d`` and
-    ``\\w`` are ASCII's, as in JSON Schema's ``pattern``: beyond it, libraries differ on what a letter is.
+    The syntax is that of Rust's regex crate: Python's without look-around and back references. ``\\d``,
+    ``\\w``, ``\\D`` and ``\\W`` are ASCII's, as in JSON Schema's ``pattern``: beyond it, libraries differ on
+    what a letter is.
     """
     return _bounded(f"start: /{_escape_regex(pattern)}/")
 
@@ -311,7 +313,7 @@ def nesting_depth(value: Any) -> int:
 
 
 def _escape_regex(pattern: str) -> str:
-    """A regular expression as Lark has it between slashes; \\d and \\w become ASCII's digits and letters."""
+    """A regular expression as Lark has it between slashes; \\d, \\w and their complements become ASCII's."""
     out: list[str] = []
     depth = 0  # of brackets: a class in a class is itself again
     place = 0

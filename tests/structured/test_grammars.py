@@ -179,6 +179,37 @@ def test_regular_expressions_are_pythons(pattern: str) -> None:
         assert re.fullmatch(pattern, text), text
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"[\w\W]",
+        r"[\d\D]",
+        r"\W",
+        r"\D",
+        r"[^\W]",
+        r"[^\D]",
+        r"[\W5]",
+        r"[^\W5]",
+        r"[^\D\W]",
+        r"[\W\d-]",
+        r"\\W",
+    ],
+)
+def test_classes_are_asciis(pattern: str) -> None:
+    """And their complements; in a schema's pattern, too."""
+    tokenizer = byte_tokenizer()
+    vocabulary = vocabulary_of(tokenizer).build()
+    of_regex = compile_grammar(vocabulary, grammar_from_regex(pattern))
+    schema = {"type": "string", "pattern": f"^{pattern}$"}
+    of_pattern = compile_grammar(vocabulary, grammar_from_json_schema(schema))
+    for text in ["a", "Z", "_", "5", "-", " ", "é", "٣", "好", "½", "🦙", "\\W"]:
+        expected = re.fullmatch(pattern, text, re.ASCII) is not None
+        for grammar, written in ((of_regex, text), (of_pattern, json.dumps(text, ensure_ascii=False))):
+            matcher, data = grammar.deep_copy(), [*written.encode()]
+            is_accepted = matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
+            assert is_accepted == expected, written
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_the_schemas_are_accepted(name: str) -> None:
     check_grammar(grammar_from_json_schema(SCHEMAS[name]))
