@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.errors import ModelLoadError
 from minivllm.weights.fields import Fields
+from minivllm.weights.gguf_roles import default_token_id, end_token_ids
 
 if TYPE_CHECKING:
     from minivllm.weights.gguf import GGUFFile
@@ -156,9 +157,10 @@ class ModelConfig:
         vocab_size = file.tensors["token_embd.weight"].shape[0]
         eos_token_ids = [
             token_id
-            for kind in ("eos", "eot", "eom")  # end of sequence, of turn, of message
-            for token_id in fields.token_ids(f"tokenizer.ggml.{kind}_token_id", vocab_size)
+            for role in ("eos", "eot", "eom")  # end of sequence, of turn, of message
+            for token_id in _token_ids_from_gguf(fields, role, vocab_size)
         ]
+        eos_token_ids += [token_id for token_id in end_token_ids(file.metadata) if token_id < vocab_size]
         weight_type = file.tensors["blk.0.attn_q.weight"].type
         return cls(
             vocab_size=vocab_size,
@@ -176,7 +178,7 @@ class ModelConfig:
             mlp_bias=any(name.endswith((".ffn_up.bias", ".ffn_down.bias")) for name in file.tensors),
             # Scales of quantised blocks are float16: that holds every value to within rounding.
             dtype={"F32": "float32", "BF16": "bfloat16"}.get(weight_type, "float16"),
-            bos_token_id=next(iter(fields.token_ids("tokenizer.ggml.bos_token_id", vocab_size)), None),
+            bos_token_id=next(iter(_token_ids_from_gguf(fields, "bos", vocab_size)), None),
             eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),
         )
 
@@ -277,6 +279,12 @@ def _rope_from_hf(fields: Fields, max_position_embeddings: int) -> RopeConfig:
             "original_max_position_embeddings", 1, _MAX_CONTEXT, max_position_embeddings
         ),
     )
+
+
+def _token_ids_from_gguf(fields: Fields, role: str, vocab_size: int) -> list[int]:
+    token_ids = fields.token_ids(f"tokenizer.ggml.{role}_token_id", vocab_size)
+    default = None if token_ids else default_token_id(fields.values, role)
+    return token_ids if default is None or default >= vocab_size else [default]
 
 
 def _rope_from_gguf(fields: Fields, factors: tuple[float, ...], head_dim: int) -> RopeConfig:

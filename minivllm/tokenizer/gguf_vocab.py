@@ -20,6 +20,7 @@ from minivllm.tokenizer.bpe import (
     sentencepiece_bpe,
 )
 from minivllm.tokenizer.tokenizer import Tokenizer
+from minivllm.weights.gguf_roles import default_token_id
 
 # A file names its pre-tokenizer (``tokenizer.ggml.pre``); the expressions are those of the original
 # models' own tokenizers.
@@ -58,12 +59,8 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 """``tokenizer.ggml.pre`` to the expressions that cut text, one after the other."""
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")  # these also add BOS by default
 
-_SPECIAL_TOKENS = {  # template variable: (key, default in a SentencePiece vocabulary)
-    "bos_token": ("tokenizer.ggml.bos_token_id", 1),
-    "eos_token": ("tokenizer.ggml.eos_token_id", 2),
-    "unk_token": ("tokenizer.ggml.unknown_token_id", 0),
-    "pad_token": ("tokenizer.ggml.padding_token_id", None),
-}
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""Template variable to what ``tokenizer.ggml.…_token_id`` calls it."""
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -81,8 +78,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         types = _get_list(metadata, "tokenizer.ggml.token_type", int, length=len(tokens))
 
     special_tokens: dict[str, str] = {}
-    for name, (key, default) in _SPECIAL_TOKENS.items():
-        token_id = _get(metadata, key, int, default=default if kind == "llama" else None)
+    for name, role in _ROLES.items():
+        default = default_token_id(metadata, role)
+        token_id = _get(metadata, f"tokenizer.ggml.{role}_token_id", int, default=default)
         # Some converters write an id past the end for a token that there isn't.
         if token_id is not None and 0 <= token_id < len(tokens):
             special_tokens[name] = tokens[token_id]
@@ -148,7 +146,9 @@ def _added(
     if not _get(metadata, key, bool, default=default):
         return None
     if name not in special_tokens:
-        raise ModelLoadError(f"texts get a {name} ({key}), but {_SPECIAL_TOKENS[name][0]} names none")
+        raise ModelLoadError(
+            f"texts get a {name} ({key}), but tokenizer.ggml.{_ROLES[name]}_token_id names none"
+        )
     return special_tokens[name]
 
 

@@ -58,7 +58,7 @@ def test_the_installed_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.vocab_size, config.max_position_embeddings) == (49152, 8192)
     assert config.rope.theta == 100_000
     assert config.tie_word_embeddings
-    assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
+    assert (config.bos_token_id, config.eos_token_ids) == (1, (2, 0))  # <|im_end|>, and <|endoftext|>
 
 
 def test_fetched_once_and_then_cached(

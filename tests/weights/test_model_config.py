@@ -341,6 +341,45 @@ def test_gguf_metadata(tmp_path: Path) -> None:
     )
 
 
+NAMED_BY_NO_KEY = ["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "eos_token_ids"),
+    [
+        # Older files name one of Llama 3's three; tokens past the embedding's 48 rows never come.
+        ({"tokenizer.ggml.tokens": [*map(str, range(44)), *NAMED_BY_NO_KEY, "<|im_end|>"]}, (2, 45, 46, 47)),
+        ({"tokenizer.ggml.tokens": ["a", "<|end|>", "<end_of_turn>"]}, (2, 1)),
+        ({"tokenizer.ggml.tokens": "not a list"}, (2,)),
+        ({"tokenizer.ggml.tokens": [1, 2]}, (2,)),
+        # llama.cpp's converter leaves out what is its own default.
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.eos_token_id": 7}, (7,)),
+    ],
+)
+def test_gguf_end_tokens_that_no_key_names(
+    tmp_path: Path, metadata: dict[str, Any], eos_token_ids: tuple[int, ...]
+) -> None:
+    assert from_gguf(tmp_path, metadata).eos_token_ids == eos_token_ids
+
+
+@pytest.mark.parametrize(
+    ("metadata", "bos_token_id", "eos_token_ids"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, 1, (2,)),
+        ({"tokenizer.ggml.model": "gpt2"}, None, ()),
+        ({}, None, ()),  # no vocabulary at all
+    ],
+)
+def test_ids_that_a_gguf_file_leaves_out(
+    tmp_path: Path, metadata: dict[str, Any], bos_token_id: int | None, eos_token_ids: tuple[int, ...]
+) -> None:
+    shape = {key: value for key, value in TINY_METADATA.items() if not key.startswith("tokenizer.")}
+    float32 = GGMLQuantizationType.F32
+    data = {gguf_name(name): (gguf_data(name, values), float32) for name, values in tiny_tensors().items()}
+    config = ModelConfig.from_gguf(open_gguf(write_gguf(tmp_path / "m.gguf", shape | metadata, data)))
+    assert (config.bos_token_id, config.eos_token_ids) == (bos_token_id, eos_token_ids)
+
+
 def test_what_gguf_tells_by_its_tensors(tmp_path: Path) -> None:
     config = from_gguf(tmp_path, {}, tensors=tiny_tensors(bias=True, head=False))
     assert config.tie_word_embeddings
