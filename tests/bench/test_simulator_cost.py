@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 
 from minivllm.config import EngineConfig
 from minivllm.engine.scheduler import ScheduledBatch, ScheduledRequest
@@ -19,6 +21,7 @@ from minivllm_bench.simulator.models import MODELS, find_model
 from minivllm_bench.simulator.simulation import Simulation
 from minivllm_bench.simulator.work import StepWork
 from minivllm_bench.workloads import Session, Turn
+from tests.weights.tiny_models import write_tiny_gguf
 
 LLAMA = MODELS["llama-3.1-8b"]
 RATES = Rates(
@@ -50,6 +53,14 @@ def test_the_embedded_model_is_read_from_its_file() -> None:
     model = find_model(None)
     assert (model.linear_bits, model.head_bits) == (5.0, 8.5)
     assert model.num_linear_params == MODELS["smollm2-135m"].num_linear_params
+
+
+def test_a_folder_with_a_gguf_file_weighs_what_the_file_does(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", matrix_type=GGMLQuantizationType.Q4_1)
+    file, folder = find_model(str(path)), find_model(str(tmp_path))
+    assert (folder.linear_bits, folder.head_bits) == (file.linear_bits, file.head_bits) == (5.0, 5.0)
+    (tmp_path / "config.json").write_text("{}")  # as some repositories of GGUF files have it
+    assert find_model(str(tmp_path)).weight_bytes == file.weight_bytes
 
 
 def test_work_is_counted_alike_in_batches_and_in_records() -> None:

@@ -132,8 +132,9 @@ def find_model(name: str | None) -> ModelShape:
             f"--model {name} is not known{f' (did you mean {near[0]}?)' if near else ''}; known are "
             f"{', '.join(MODELS)}, and whatever minivllm serve takes: folders, .gguf files, Hugging Face ids"
         )
-    is_gguf = name is None or name.endswith(".gguf")
-    files = resolve_model(name, load_format="auto" if is_gguf else "dummy")  # dummy: config.json is enough
+    path = None if name is None else Path(name).expanduser()
+    has_gguf = path is None or path.suffix == ".gguf" or any(path.glob("*.gguf"))
+    files = resolve_model(name, load_format="auto" if has_gguf else "dummy")  # dummy: config.json is enough
     bits = [
         16.0 if (stored := stored_bits(files, weight)) is None else _BITS_WITH_SCALES[stored]
         for weight in ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight")
