@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from minivllm_bench import plots, results
+from minivllm_bench.compare_config import MODES
 from minivllm_bench.findings import Findings
 from minivllm_bench.points import empty_agent_run, empty_point
 from minivllm_bench.published import PUBLISHED
@@ -139,6 +140,24 @@ def test_without_one_of_the_two_the_headline_compares_nothing(missing: str) -> N
     findings = Findings(made_up.comparison(*map(made_up.contender, rest)))
     assert "times" not in findings.headline()
     assert all(f"{findings.peak(name):.0f}" in findings.headline() for name in rest[:1])
+
+
+@pytest.mark.parametrize(
+    ("ahead", "words"),
+    [
+        (1.0, "from 1 user on"),
+        (2.44, "from 2.4 users on"),
+        (12.4, "from 12 users on"),
+        (119.6, "from 120 users on"),
+        (None, "at no number of users for good"),
+    ],
+)
+def test_how_many_users_it_takes_to_be_ahead(
+    monkeypatch: pytest.MonkeyPatch, ahead: float | None, words: str
+) -> None:
+    monkeypatch.setattr("minivllm_bench.findings.crossing", lambda curve, other: ahead)
+    said = Findings(made_up.comparison()).crossing_words("paged", "sequential-1")
+    assert said == f"ahead of {MODES['sequential-1'].label} {words}"
 
 
 def test_every_number_in_the_key_table_was_measured(text: str) -> None:

@@ -83,7 +83,7 @@ class Findings:
         ahead = self.crossing(name, other)
         if ahead is None:
             return f"ahead of {self.label(other)} at no number of users for good"
-        users = "1 user" if ahead == 1 else f"{ahead:.2g} users"
+        users = "1 user" if ahead == 1 else f"{ahead:.2g} users" if ahead < 10 else f"{ahead:.0f} users"
         return f"ahead of {self.label(other)} from {users} on"
 
     def occupancy(self, name: str, users: int) -> Occupancy | None:
