@@ -219,6 +219,28 @@ def test_agents_are_timed_from_first_step_to_last(users: int) -> None:
     assert lengths[: 5 * users : users] == sorted(lengths[: 5 * users : users])  # each step sends all so far
 
 
+def test_agents_that_are_done_or_have_failed_leave() -> None:
+    """One agent is slow and one fails: neither is kept company by a third that begins again."""
+    sent: list[int] = []
+
+    async def ask(conversation: Conversation, tokens: int, record: RequestRecord, clock: Clock) -> str:
+        sent.append(record.session)
+        await asyncio.sleep(50.0 if record.session == 2 else 1.0)
+        record.finished, record.output_tokens = clock(), tokens
+        if record.session == 3 and record.turn == 1:
+            record.error = "no"
+        return " word" * tokens
+
+    async def measure() -> tuple[list[float | None], list[int], str | None]:
+        result = await measure_agents(ask, users=4, steps=5, limit=1000.0, seed=0)
+        return result["seconds"], result["steps_done"], result["failed"]
+
+    seconds, done, failed = run(measure())
+    assert seconds == [pytest.approx(5.0), pytest.approx(5.0), pytest.approx(250.0), None]
+    assert (done, failed) == ([5, 5, 5, 1], "no")
+    assert sorted(sent) == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 2
+
+
 def test_agents_that_are_not_done_in_time_are_broken_off() -> None:
     async def measure() -> tuple[list[float | None], list[int], float | None]:
         result = await measure_agents(Slots(1).ask, users=2, steps=2, limit=100.0, seed=0)

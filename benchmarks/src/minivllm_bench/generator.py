@@ -13,7 +13,7 @@ from minivllm.errors import MinivllmError
 from minivllm_bench.load import Load, arrival_times
 from minivllm_bench.prompts import Conversation, TextSource
 from minivllm_bench.records import RequestRecord
-from minivllm_bench.workloads import Workload
+from minivllm_bench.workloads import Session, Workload
 
 Clock = Callable[[], float]
 """Seconds since the run began."""
@@ -55,7 +55,7 @@ class LoadGenerator:
         self._failures_in_a_row = 0
 
     async def run(self) -> None:
-        """Send until the load's end.
+        """Send until the load's end, or the workload's.
 
         Raises:
             MinivllmError: what ``ask`` raises; a ServerFailedError if too many requests fail in a row.
@@ -104,8 +104,8 @@ class LoadGenerator:
 
     async def _use(self) -> None:
         """One user of a closed loop."""
-        while self._may_send():
-            await self._converse(None)
+        while self._may_send() and (session := next(self._sessions, None)) is not None:
+            await self._converse(session, None)
 
     async def _arrive(self) -> None:
         """The open loop: it starts each session on time, late ones at once."""
@@ -115,9 +115,9 @@ class LoadGenerator:
             if self._load.duration is not None and arrival >= self._load.duration:
                 return
             await asyncio.sleep(arrival - self._clock())
-            if not self._may_send():
+            if not self._may_send() or (session := next(self._sessions, None)) is None:
                 return
-            self._spawn(self._converse(arrival))
+            self._spawn(self._converse(session, arrival))
 
     def _may_send(self) -> bool:
         load = self._load
@@ -125,9 +125,9 @@ class LoadGenerator:
             load.duration is None or self._clock() < load.duration
         )
 
-    async def _converse(self, arrival: float | None) -> None:
+    async def _converse(self, session: Session, arrival: float | None) -> None:
         """One session, turn after turn; a failed turn ends it."""
-        number, session = next(self._numbers), next(self._sessions)
+        number = next(self._numbers)
         conversation = Conversation(self._source, number, session)
         for place, turn in enumerate(session.turns):
             if not self._may_send():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import random
 import statistics
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -15,7 +17,7 @@ from minivllm_bench.load import Load
 from minivllm_bench.records import RequestRecord
 from minivllm_bench.results import AgentRun, Occupancy, Point
 from minivllm_bench.steady_state import steady_state
-from minivllm_bench.workloads import Workload, agent
+from minivllm_bench.workloads import Sessions, Workload, agent
 
 _TICK = 0.05
 _HEALTH_SECONDS = 0.5
@@ -113,20 +115,21 @@ async def measure_point(
 async def measure_agents(ask: Ask, *, users: int, steps: int, limit: float, seed: int) -> AgentRun:
     """So many agents at once, each with so many steps; those that aren't done by ``limit`` are broken off.
 
+    One that is done or has failed leaves: the others have the server to themselves.
+
     Raises:
         MinivllmError: the server can't be reached, or fails request after request.
     """
-    generator = LoadGenerator(ask, agent(steps), Load(users=users, duration=limit, seed=seed))
 
-    def progress() -> list[list[RequestRecord]]:
-        return [[r for r in generator.records if r.session == session] for session in range(users)]
+    def sessions(rng: random.Random) -> Sessions:
+        return itertools.islice(agent(steps)(rng), users)
 
+    generator = LoadGenerator(ask, sessions, Load(users=users, duration=limit, seed=seed))
     async with _running(generator) as run:
-        await run.wait_until(
-            lambda now: now >= limit or all(_is_over(records, steps) for records in progress())
-        )
+        await run.wait_until(lambda now: now >= limit)
     result = empty_agent_run(users, steps)
-    for records in progress():
+    for session in range(users):
+        records = [record for record in generator.records if record.session == session]
         done = sum(record.is_complete for record in records)
         result["steps_done"].append(done)
         last = records[-1].finished if done == steps else None
@@ -176,11 +179,6 @@ def _is_in_stride(records: Sequence[RequestRecord], users: int) -> bool:
     done = sum(record.finished is not None for record in records)
     under_way = sum(bool(record.chunk_times) and record.finished is None for record in records)
     return done >= max(1, under_way) or all(record.chunk_times for record in records[:users])
-
-
-def _is_over(records: Sequence[RequestRecord], steps: int) -> bool:
-    is_failed = any(record.error is not None for record in records)
-    return is_failed or sum(record.is_complete for record in records) == steps
 
 
 async def _sample(health: Health, samples: list[dict[str, Any]]) -> None:

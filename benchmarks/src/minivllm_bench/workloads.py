@@ -1,9 +1,9 @@
 """What users ask for: sessions of one or more turns, as lengths in tokens.
 
-A workload is an endless stream of sessions, the same for the same seed. Who turns lengths into prompts
-(words for an HTTP server, token ids for a simulation) must see to it that prompts of different sessions
-differ from their first token on, but for the shared prefix, and that each turn of a session begins with all
-that came before in it.
+A workload is a stream of sessions, the same for the same seed, and endless where it has a name. Who turns
+lengths into prompts (words for an HTTP server, token ids for a simulation) must see to it that prompts of
+different sessions differ from their first token on, but for the shared prefix, and that each turn of a
+session begins with all that came before in it.
 """
 
 from __future__ import annotations
