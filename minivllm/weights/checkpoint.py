@@ -10,8 +10,7 @@ from minivllm.errors import ModelLoadError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def weight_files(folder: Path) -> list[Path]:
         names = ", ".join(file.name for file in files[:5])
         raise ModelLoadError(f"{folder}: {len(files)} safetensors files ({names}) but no {INDEX_FILE}")
     if not files:
-        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in _PICKLE_SUFFIXES)
+        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLE_SUFFIXES)
         found = f"only {', '.join(pickles[:5])}" if pickles else "none"
         raise ModelLoadError(
             f"{folder}: weights must be .safetensors files, found {found}. PyTorch's .bin, .pt and .pth "

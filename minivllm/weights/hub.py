@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minivllm.errors import ModelLoadError
-from minivllm.weights.checkpoint import INDEX_FILE, read_index
+from minivllm.weights.checkpoint import INDEX_FILE, PICKLE_SUFFIXES, read_index
 
 _CONFIG_FILES = [
     "config.json",
@@ -49,7 +49,23 @@ def download_weights(repo_id: str, snapshot: Path) -> Path:
     commit = snapshot.name  # the very commit whose configuration was read, even if the branch has moved
     if index is not None:
         return _snapshot(repo_id, commit, allow=sorted(set(index.values())))
-    return _snapshot(repo_id, commit, allow=["*.safetensors"], ignore=["*/*", "consolidated*"])
+    folder = _snapshot(repo_id, commit, allow=["*.safetensors"], ignore=["*/*", "consolidated*"])
+    if not any(file.suffix in (".safetensors", *PICKLE_SUFFIXES) for file in folder.iterdir()):
+        _check_that_there_are_none(repo_id, commit)
+    return folder
+
+
+def _check_that_there_are_none(repo_id: str, commit: str) -> None:
+    """Ask the hub whether a snapshot without weights is all that there is.
+
+    Without a network, its library hands out what it has of a model, complete or not.
+    """
+    from huggingface_hub import list_repo_files
+
+    try:
+        list_repo_files(repo_id, revision=commit)
+    except Exception as error:  # of many kinds, as below
+        raise _incomplete(repo_id, f"{type(error).__name__}: {error}") from None
 
 
 def _snapshot(repo_id: str, revision: str | None, allow: list[str], ignore: list[str] | None = None) -> Path:
@@ -72,17 +88,21 @@ def _snapshot(repo_id: str, revision: str | None, allow: list[str], ignore: list
     except errors.RevisionNotFoundError:
         raise ModelLoadError(f"{repo_id} has no revision {revision}: see {page}/tree/main") from None
     except errors.LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE:
-            raise ModelLoadError(
-                f"{what} isn't complete in the cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
-                "unset it, or fetch the model where there is a network and copy the cache"
-            ) from None
-        raise ModelLoadError(
-            f"{what} isn't in the cache, {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} can't be "
-            f"reached: {error.__cause__ or error}"
-        ) from None
+        raise _incomplete(what, str(error.__cause__ or error)) from None
     except errors.HFValidationError as error:
         raise ModelLoadError(f"{repo_id} is no Hugging Face id: {error}") from None
     except Exception as error:  # the HTTP client's own, a full disk: of many kinds, and all mean the same
         raise ModelLoadError(f"{what} couldn't be fetched: {type(error).__name__}: {error}") from error
     return Path(folder)
+
+
+def _incomplete(what: str, reason: str) -> ModelLoadError:
+    from huggingface_hub import constants
+
+    cache = f"{what} isn't complete in the cache, {constants.HF_HUB_CACHE}, and"
+    if constants.HF_HUB_OFFLINE:
+        return ModelLoadError(
+            f"{cache} HF_HUB_OFFLINE is set: unset it, or fetch the model where there is a network and copy "
+            "the cache"
+        )
+    return ModelLoadError(f"{cache} {constants.ENDPOINT} can't be reached: {reason}")

@@ -70,6 +70,7 @@ def repo(tiny_llama: Path, tmp_path: Path) -> Path:
 def fake_hub(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub(repo, tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo_id, *, revision: [])
     return fake
 
 
@@ -121,6 +122,21 @@ def test_a_repository_of_pickles(fake_hub: FakeHub, repo: Path) -> None:
         resolve_model("org/name")
 
 
+def test_a_cache_without_weights_while_the_hub_is_away(
+    fake_hub: FakeHub, repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(repo_id: str, *, revision: str) -> list[str]:
+        raise httpx.ConnectError("refused")
+
+    (repo / "model.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        ModelLoadError, match=r"^org/name isn't complete in the cache, .* be reached: ConnectError: refused"
+    ):
+        resolve_model("org/name")
+
+
 def test_a_repository_of_gguf_files(fake_hub: FakeHub, repo: Path) -> None:
     (repo / "config.json").unlink()
     with pytest.raises(ModelLoadError, match=r"has no config\.json.*`hf download org/name FILE\.gguf`"):
@@ -160,7 +176,7 @@ def http_error(kind: Any) -> Any:
         (http_error(errors.RevisionNotFoundError), "org/name has no revision v9"),
         (
             errors.LocalEntryNotFoundError("Cannot find"),
-            "isn't in the cache, .* be reached: Cannot find",
+            "isn't complete in the cache, .* be reached: Cannot find",
         ),
         (errors.HFValidationError("no double dots"), "org/name is no Hugging Face id: no double dots"),
         (
@@ -212,6 +228,16 @@ def test_offline_from_the_cache(hf_home: Path, run_python: Callable[..., str]) -
     missing = f"isn't complete in the cache, {hf_home}/hub, and HF_HUB_OFFLINE is set"
     assert no_revision.startswith(f"org/name (revision v1) {missing}")
     assert no_model.startswith(f"org/other {missing}")
+
+
+def test_offline_without_weights(hf_home: Path, run_python: Callable[..., str]) -> None:
+    snapshot = hf_home / "hub" / "models--org--name" / "snapshots" / COMMIT
+    (snapshot / "model.safetensors").unlink()
+    first = run_python(RESOLVE, HF_HOME=str(hf_home), HF_HUB_OFFLINE="1").splitlines()[0]
+    assert first.startswith(f"org/name isn't complete in the cache, {hf_home}/hub, and HF_HUB_OFFLINE is set")
+    (snapshot / "pytorch_model.bin").write_text("")  # fetched by other means: that's the weights there are
+    first = run_python(RESOLVE, HF_HOME=str(hf_home), HF_HUB_OFFLINE="1").splitlines()[0]
+    assert "must be .safetensors files, found only pytorch_model.bin" in first
 
 
 def test_offline_with_a_shard_missing(hf_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
