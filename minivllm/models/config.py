@@ -269,13 +269,15 @@ def _rope_from_hf(fields: Fields, max_position_embeddings: int) -> RopeConfig:
             f"{rope.source}: high_freq_factor must be above low_freq_factor, "
             f"got {high_freq_factor:g} and {low_freq_factor:g}"
         )
+    # This one counts where it stands beside, even if the inner object has it too.
+    where = rope if fields.get("original_max_position_embeddings") is None else fields
     return RopeConfig(
         theta=theta,
         kind=kind,
         factor=factor,
         low_freq_factor=low_freq_factor,
         high_freq_factor=high_freq_factor,
-        original_max_position_embeddings=rope.integer(
+        original_max_position_embeddings=where.integer(
             "original_max_position_embeddings", 1, _MAX_CONTEXT, max_position_embeddings
         ),
     )

@@ -147,6 +147,11 @@ ROPE_SPELLINGS: dict[str, dict[str, Any]] = {
     "original from context": {
         "rope_scaling": {k: v for k, v in LLAMA3_SCALING.items() if k != "original_max_position_embeddings"},
     },
+    "original beside": {
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {k: v for k, v in LLAMA3_SCALING.items() if k != "original_max_position_embeddings"},
+    },
+    "original in both": {"original_max_position_embeddings": 64, "rope_parameters": LLAMA3_SCALING},
 }
 
 
