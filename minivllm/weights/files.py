@@ -65,8 +65,10 @@ def _from_hub(repo_id: str, revision: str | None, load_format: str) -> ModelFile
     if load_format == "gguf":
         raise ModelLoadError(f"--load-format gguf needs a path: {_GGUF_HINT.format(repo_id)}")
     folder = hub.download_config(repo_id, revision)
-    if not (folder / "config.json").is_file():
-        raise ModelLoadError(f"{repo_id} has no config.json; {_GGUF_HINT.format(repo_id)}")
+    if not (folder / "config.json").is_file() or _is_stub(folder):
+        raise ModelLoadError(
+            f"{repo_id} has no config.json that describes a model; {_GGUF_HINT.format(repo_id)}"
+        )
     _read_config(folder)  # refuses what isn't supported before gigabytes are fetched
     if load_format != "dummy":
         folder = hub.download_weights(repo_id, folder)
@@ -77,7 +79,8 @@ def _from_folder(name: str, folder: Path, load_format: str) -> ModelFiles:
     has_config = (folder / "config.json").is_file()
     gguf_files = sorted(folder.glob("*.gguf"))
     has_safetensors = any(folder.glob("*.safetensors"))
-    is_complete = has_config and (has_safetensors or load_format == "dummy")
+    has_enough = has_safetensors or load_format == "dummy"
+    is_complete = has_config and has_enough and not (gguf_files and _is_stub(folder))
     if load_format == "gguf" or (gguf_files and not is_complete and load_format != "safetensors"):
         if len(gguf_files) != 1:
             names = ", ".join(file.name for file in gguf_files[:5]) or "none"
@@ -103,6 +106,11 @@ def _from_gguf(name: str, path: Path, load_format: str) -> ModelFiles:
 
     config = ModelConfig.from_gguf(open_gguf(path))
     return ModelFiles(name=name, path=path, kind="dummy" if load_format == "dummy" else "gguf", config=config)
+
+
+def _is_stub(folder: Path) -> bool:
+    """Whether config.json names a family and nothing else: repositories of GGUF files have such ones."""
+    return read_json(folder / "config.json").keys() <= {"model_type"}
 
 
 def _read_config(folder: Path) -> ModelConfig:

@@ -62,6 +62,14 @@ def test_a_folder_with_gguf_files(tmp_path: Path, folder: Path) -> None:
         resolve_model(str(only))
 
 
+def test_a_config_that_names_a_family_alone_is_none(tmp_path: Path) -> None:
+    """As repositories of GGUF files have it."""
+    path = write_tiny_gguf(tmp_path / "a.gguf")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for load_format in ("auto", "dummy"):
+        assert resolve_model(str(tmp_path), load_format=load_format).path == path
+
+
 def test_safetensors_beside_gguf(folder: Path) -> None:
     path = write_tiny_gguf(folder / "tiny.gguf")
     assert resolve_model(str(folder)).kind == "safetensors"

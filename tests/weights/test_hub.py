@@ -138,8 +138,13 @@ def test_a_cache_without_weights_while_the_hub_is_away(
 
 
 def test_a_repository_of_gguf_files(fake_hub: FakeHub, repo: Path) -> None:
+    hint = r"has no config\.json that describes a model; .*`hf download org/name FILE\.gguf`"
+    (repo / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelLoadError, match=hint):
+        resolve_model("org/name")
     (repo / "config.json").unlink()
-    with pytest.raises(ModelLoadError, match=r"has no config\.json.*`hf download org/name FILE\.gguf`"):
+    (fake_hub.snapshot / "config.json").unlink()
+    with pytest.raises(ModelLoadError, match=hint):
         resolve_model("org/name")
     with pytest.raises(ModelLoadError, match=r"--load-format gguf needs a path"):
         resolve_model("org/name", load_format="gguf")
