@@ -28,7 +28,8 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
         from minivllm.tokenizer.hf_fallback import load_with_transformers
 
         with naming(directory):
-            return load_with_transformers(directory)
+            template = _read_chat_template(directory, _read_settings(directory))
+            return load_with_transformers(directory, template)
     with naming(path):
         backend = _read_tokenizer_json(path)
     with naming(directory / "tokenizer_config.json"):

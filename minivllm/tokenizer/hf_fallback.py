@@ -8,8 +8,10 @@ from minivllm.errors import ModelLoadError
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 
-def load_with_transformers(directory: Path) -> Tokenizer:
-    """The tokenizer in ``directory``, converted by ``transformers.AutoTokenizer``; no remote code.
+def load_with_transformers(directory: Path, chat_template: str | None) -> Tokenizer:
+    """The tokenizer in ``directory``, converted by ``transformers.AutoTokenizer``, with a chat template.
+
+    No remote code runs.
 
     Raises :class:`ModelLoadError` where transformers can't read it, or can't convert it to a
     ``tokenizers`` one.
@@ -32,5 +34,5 @@ def load_with_transformers(directory: Path) -> Tokenizer:
         special_tokens={
             name: text for name, text in loaded.special_tokens_map.items() if isinstance(text, str)
         },
-        chat_template=loaded.chat_template if isinstance(loaded.chat_template, str) else None,
+        chat_template=chat_template,
     )

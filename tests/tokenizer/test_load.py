@@ -227,6 +227,13 @@ def test_sentencepiece_model_works_as_in_sentencepiece(sentencepiece_folder: Pat
     assert tokenizer.apply_chat_template(MESSAGES) == "<s>hi"
 
 
+def test_one_of_several_templates_beside_a_sentencepiece_model(sentencepiece_folder: Path) -> None:
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+    settings = {"tokenizer_class": "LlamaTokenizer", "chat_template": named}
+    write_json(sentencepiece_folder / "tokenizer_config.json", settings)
+    assert load(sentencepiece_folder).apply_chat_template(MESSAGES) == "<s>hi"
+
+
 def test_other_files_go_through_transformers(tmp_path: Path, trained: tokenizers.Tokenizer) -> None:
     trained.model.save(str(tmp_path))  # vocab.json and merges.txt
     write_json(tmp_path / "config.json", {"model_type": "gpt2"})
