@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 """What can be loaded: ``architectures`` and ``model_type`` of a config.json."""
 
-_MISTRAL_SLIDING_WINDOW = 4096  # transformers' default where a Mistral config doesn't say
+# transformers' defaults, where a config doesn't say:
+_RMS_NORM_EPS = 1e-6
+_MISTRAL_SLIDING_WINDOW = 4096
 _DTYPES = ("float32", "bfloat16", "float16")
 _MAX_SIZE = 2**24  # of anything that is counted: far above any model, far below what would overflow
 _MAX_LAYERS = 2**10
@@ -110,7 +112,9 @@ class ModelConfig:
             num_kv_heads=_num_kv_heads(fields, "num_key_value_heads", num_heads),
             head_dim=_head_dim(fields, "head_dim", hidden_size, num_heads),
             max_position_embeddings=max_position_embeddings,
-            rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0),
+            rms_norm_eps=_RMS_NORM_EPS
+            if "rms_norm_eps" not in fields.values
+            else fields.number("rms_norm_eps", 0.0, 1.0),
             rope=_rope_from_hf(fields, max_position_embeddings),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             attention_bias=fields.boolean("attention_bias", False),

@@ -191,6 +191,11 @@ def test_end_of_turn_ids_are_those_of_both_files() -> None:
         ids(1, [512])
 
 
+def test_an_epsilon_that_is_left_out_is_that_of_transformers() -> None:
+    without = {name: value for name, value in LLAMA.items() if name != "rms_norm_eps"}
+    assert ModelConfig.from_hf(without).rms_norm_eps == llama_config(without).rms_norm_eps
+
+
 @pytest.mark.parametrize(
     ("given", "dtype"),
     [({"torch_dtype": "float16"}, "float16"), ({"dtype": "bfloat16"}, "bfloat16"), ({}, "float32")],
