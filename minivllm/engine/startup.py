@@ -117,6 +117,11 @@ def make_engine(
             files.config.max_position_embeddings,
         )
     eos_token_ids = frozenset(files.config.eos_token_ids)
+    if not eos_token_ids and files.kind != "dummy":
+        logger.warning(
+            "%s names no end-of-turn token (eos_token_id): answers end at their stop strings or their limits",
+            files.name,
+        )
     grammars = Grammars(
         partial(load_tokenizer, files), vocab_size=files.config.vocab_size, eos_token_ids=eos_token_ids
     )

@@ -1,8 +1,11 @@
-"""Which device an engine gets, on machines that this one isn't."""
+"""What an operator is told when an engine starts, and which device it gets."""
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from minivllm.engine.startup import build_engine
 from minivllm.errors import ConfigError
 from minivllm.weights.files import resolve_model
 from tests.tiny_model import write_tiny_model
+from tests.weights.tiny_models import save_tiny_llama
 
 
 def build(folder: Path, device: str) -> Engine:
@@ -46,3 +50,22 @@ def test_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build(tmp_path, "auto")
     assert isinstance(engine.runner, TorchRunner)
     assert engine.runner.model.placement.device.type == "cpu"
+
+
+@pytest.mark.parametrize(("eos_token_id", "is_told"), [(2, False), (None, True), ("left out", True)])
+def test_a_model_without_an_end_token(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, eos_token_id: Any, is_told: bool
+) -> None:
+    """2, transformers' default, is an ordinary token in many a vocabulary: it isn't made up."""
+    model = save_tiny_llama(tmp_path)
+    (model / "generation_config.json").unlink()
+    settings = json.loads((model / "config.json").read_text()) | {"eos_token_id": eos_token_id}
+    if eos_token_id == "left out":
+        del settings["eos_token_id"]
+    (model / "config.json").write_text(json.dumps(settings))
+    config = EngineConfig(model=str(model), device="cpu", max_model_len=64, kv_cache_memory=2**20)
+    with caplog.at_level(logging.WARNING, logger="minivllm.engine.startup"):
+        build_engine(config, resolve_model(str(model)))
+    told = [record.getMessage() for record in caplog.records if "eos_token_id" in record.getMessage()]
+    assert len(told) == is_told
+    assert all(line.startswith(f"{model} names no end-of-turn token") for line in told)
