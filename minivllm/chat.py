@@ -9,6 +9,7 @@ import contextlib
 import logging
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minivllm.config import EngineConfig, option
@@ -17,6 +18,7 @@ from minivllm.flags import Parser
 from minivllm.generate import SamplingConfig
 from minivllm.request import SamplingParams
 from minivllm.terminal import configure_logging
+from minivllm.tokenizer.load import read_chat_template
 
 if TYPE_CHECKING:
     from minivllm.llm import LLM
@@ -27,6 +29,7 @@ class ChatConfig:
     """The flags of ``chat`` alone."""
 
     system: str | None = option(None, "a system message to begin with (default: the chat template's own)")
+    chat_template: str | None = option(None, "a file with a Jinja chat template (default: the model's own)")
 
 
 def main(argv: list[str]) -> int:
@@ -40,10 +43,14 @@ def main(argv: list[str]) -> int:
     sampling = parser.make_config(SamplingConfig, parsed).params()
     chat_config = parser.make_config(ChatConfig, parsed)
     configure_logging(logging.WARNING)
+    path = chat_config.chat_template
+    template = None if path is None else read_chat_template(Path(path))
     print("loading the model …", flush=True)
     from minivllm import LLM  # torch, and seconds: after the arguments have been checked
 
     llm = LLM(**vars(config))
+    if template is not None:
+        llm.tokenizer.set_chat_template(template)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() line editing and history
     print("/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer")

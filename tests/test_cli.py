@@ -15,6 +15,7 @@ from minivllm import cli
 from minivllm.config import EngineConfig, ServerConfig, flag
 from minivllm.flags import Parser
 from minivllm_bench import cli as bench
+from tests.tiny_model import write_tiny_model
 
 
 def engine_config(*argv: str) -> EngineConfig:
@@ -207,6 +208,20 @@ def test_a_conversation() -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("The capital of France is Paris.") == 2
     assert "(forgotten)" in result.stdout
+
+
+def test_a_chat_template_for_a_model_without_one(tmp_path: Path) -> None:
+    model, template = write_tiny_model(tmp_path), tmp_path / "given.jinja"
+    template.write_text("{{ messages[-1].content }}")
+    command = ["chat", "--model", model, "--load-format", "dummy", "--device", "cpu", "--max-tokens", "2"]
+    result = run_command(*command, stdin="hello\n/exit\n")
+    assert "start serve or chat with --chat-template FILE" in result.stdout
+    result = run_command(*command, "--chat-template", str(template), stdin="hello\n/exit\n")
+    assert (result.returncode, "has no chat template" in result.stdout) == (0, False), result.stderr
+    template.write_text("{% if")
+    result = run_command(*command, "--chat-template", str(template))
+    assert (result.returncode, "loading" in result.stdout) == (1, False)
+    assert f"{template}: the chat template isn't valid Jinja, line 1" in result.stderr
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat() -> None:

@@ -31,12 +31,20 @@ def load_tokenizer(files: ModelFiles, *, chat_template: Path | None = None) -> T
     with naming(files.path):
         tokenizer = _load(files)
     if chat_template is not None:
-        source = read_text(chat_template)
-        try:
-            tokenizer.set_chat_template(source)
-        except InvalidRequestError as error:
-            raise ModelLoadError(f"{chat_template}: {error}") from None
+        tokenizer.set_chat_template(read_chat_template(chat_template))
     return tokenizer
+
+
+def read_chat_template(path: Path) -> str:
+    """A template's text. Raises :class:`ModelLoadError` where it can't be read, or isn't valid Jinja."""
+    from minivllm.tokenizer.chat_template import ChatTemplate  # jinja2, for those who chat
+
+    source = read_text(path)
+    try:
+        ChatTemplate(source, {})
+    except InvalidRequestError as error:
+        raise ModelLoadError(f"{path}: {error}") from None
+    return source
 
 
 def _load(files: ModelFiles) -> Tokenizer:

@@ -206,8 +206,8 @@ class Tokenizer:
         if self._template is None:
             if self._template_source is None:
                 raise InvalidRequestError(
-                    "this model has no chat template: send a plain prompt instead, or start it with "
-                    "--chat-template FILE",
+                    "this model has no chat template: send a plain prompt instead, or start serve or chat "
+                    "with --chat-template FILE",
                     param="messages",
                 )
             self._template = self._compile(self._template_source)
