@@ -15,6 +15,9 @@ from minivllm.tokenizer.alphabet import read_alphabet
 if TYPE_CHECKING:
     from minivllm.tokenizer.chat_template import ChatTemplate
 
+_MANY_CHARS = 2**20
+"""A text of more may take seconds and gigabytes."""
+
 
 class Tokenizer:
     """A :class:`tokenizers.Tokenizer` with its special tokens and chat template.
@@ -105,8 +108,8 @@ class Tokenizer:
 
         Raises:
             InvalidRequestError: a lone surrogate, which is no character.
-            ContextLengthError: the text is longer than any ``max_tokens`` tokens. It isn't looked at then:
-                megabytes would take seconds, and a gigabyte of memory.
+            ContextLengthError: the text is longer than any ``max_tokens`` tokens, or a beginning of it has
+                twice as many. The rest isn't looked at then: megabytes take seconds, and gigabytes of memory.
         """
         try:
             num_bytes = len(text.encode())
@@ -122,6 +125,27 @@ class Tokenizer:
                 f"bytes each, but the prompt has {num_bytes} bytes: shorten it",
                 param="prompt",
             )
+        if max_tokens is not None:
+            self._check_beginnings(text, max_tokens)
+        return self._encode(text, add_special_tokens)
+
+    def _check_beginnings(self, text: str, max_tokens: int) -> None:
+        """Raise ContextLengthError where it takes only a part of a large text to see that all is too much.
+
+        Where a text is cut its tokens may be others: a beginning has to have twice as many as are allowed.
+        """
+        num_chars = _MANY_CHARS
+        while num_chars < len(text):
+            num_tokens = len(self._encode(text[:num_chars], add_special_tokens=False))
+            if num_tokens > 2 * max_tokens:
+                raise ContextLengthError(
+                    f"this model's maximum context length is {max_tokens} tokens, but the first {num_chars} "
+                    f"of the prompt's {len(text)} characters alone have {num_tokens}: shorten it",
+                    param="prompt",
+                )
+            num_chars *= 2
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # Not encode(), which keeps all other threads waiting, and works out where each token came from.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids

@@ -69,6 +69,23 @@ def test_what_no_tokens_can_hold_is_refused_unread(tokenizer: Tokenizer) -> None
         tokenizer.encode(text + "x", max_tokens=5)
 
 
+def test_of_a_large_text_no_more_is_read_than_shows_that_it_is_too_long(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minivllm.tokenizer.tokenizer._MANY_CHARS", 1000)
+    text = "1, 2; " * 1000
+    num_tokens = len(tokenizer.encode(text))
+    for fitting in (num_tokens, num_tokens // 2):  # a beginning has less than all
+        assert tokenizer.encode(text, max_tokens=fitting) == tokenizer.encode(text)
+    few = len(tokenizer.encode(text[:2000])) // 2 - 1
+    with pytest.raises(
+        ContextLengthError, match=rf"{few} tokens, but the first 2000 of the prompt's 6000 char"
+    ):
+        tokenizer.encode(text, max_tokens=few)
+    with pytest.raises(ContextLengthError, match="but the first 1000 of"):
+        tokenizer.encode(text, max_tokens=len(tokenizer.encode(text[:1000])) // 2 - 1)
+
+
 @pytest.mark.parametrize("text", ["\ud800", "abc\udfff", "😀\ud83d"])
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer, text: str) -> None:
     position = len(text) - 1
