@@ -14,10 +14,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -167,13 +167,16 @@ async def _serve(
             # leave behind is collected soon, not when it has come to a quarter of all that.
             gc.freeze()
             serving = asyncio.create_task(http.serve(sockets=[listener]))
-            await http.is_listening.wait()
+            try:
+                await _unless_it_fails(serving, http.is_listening.wait())
+            except OSError as error:  # another server has bound the same port, and listened first
+                raise _cannot_listen(server_config, error) from None
             host, port = listener.getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             seconds = time.monotonic() - started
             scheme = "http" if server_config.ssl_certfile is None else "https"
             logger.info("serving %s on %s://%s:%d after %.2f s", name, scheme, host, port, seconds)
-            await signals.wait_for_stop()
+            await _unless_it_fails(serving, signals.wait_for_stop())
 
             state.is_draining = True
             await _drain(room, engine, server_config.shutdown_timeout)
@@ -195,6 +198,17 @@ def _observers(config: ServerConfig) -> Iterator[list[OnRequestEnd]]:
 
             observers.append(stack.enter_context(contextlib.closing(Spans(config.otlp_endpoint))))
         yield observers
+
+
+async def _unless_it_fails(serving: asyncio.Task[None], waiting: Coroutine[Any, Any, object]) -> None:
+    """Wait, but not for ever when the HTTP server has ended meanwhile: raise why."""
+    waiter = asyncio.create_task(waiting)
+    try:
+        await asyncio.wait((serving, waiter), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiter.cancel()
+    if serving.done():
+        serving.result()
 
 
 async def _drain(room: WaitingRoom, engine: SupervisedEngine, seconds: float) -> None:
@@ -249,13 +263,17 @@ def _bind(config: ServerConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()
-        # A name that nobody knows, or an address of another machine: no port helps.
-        is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-        advice = "--host" if is_host else "--port, or 0 for any free one"
-        raise ConfigError(
-            f"can't listen on {config.host} port {config.port}: {error.strerror}; choose another {advice}"
-        ) from None
+        raise _cannot_listen(config, error) from None
     return listener
+
+
+def _cannot_listen(config: ServerConfig, error: OSError) -> ConfigError:
+    # A name that nobody knows, or an address of another machine: no port helps.
+    is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+    advice = "--host" if is_host else "--port, or 0 for any free one"
+    return ConfigError(
+        f"can't listen on {config.host} port {config.port}: {error.strerror}; choose another {advice}"
+    )
 
 
 class _HttpServer(uvicorn.Server):

@@ -205,6 +205,49 @@ def test_a_taken_port_is_one_line() -> None:
     assert "--port" in result.stderr
 
 
+def run_patched(patch: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """``minivllm serve`` after ``patch`` has been executed with ``serve``, its module."""
+    script = f"import sys; from minivllm import cli, serve\n{patch}\nsys.exit(cli.run('serve', sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", script, "--port", "0", *flags],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+RIVAL = """
+from dataclasses import replace
+bind, rivals = serve._bind, []
+def bind_and_lose(config):
+    listener = bind(config)
+    rivals.append(bind(replace(config, port=listener.getsockname()[1])))
+    rivals[0].listen()
+    return listener
+serve._bind = bind_and_lose
+"""
+BROKEN_LOOP = """
+async def main_loop(self):
+    raise RuntimeError("the loop broke")
+serve._HttpServer.main_loop = main_loop
+"""
+
+
+def test_of_two_servers_that_start_at_once_one_ends(tiny: tuple[str, ...]) -> None:
+    """On Linux both may have the port for as long as neither listens."""
+    result = run_patched(RIVAL, *tiny)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "can't listen on 127.0.0.1 port" in result.stderr.splitlines()[-1]
+
+
+def test_a_server_whose_http_fails_ends(tiny: tuple[str, ...]) -> None:
+    result = run_patched(BROKEN_LOOP, *tiny)
+    assert result.returncode == 1
+    assert result.stderr.endswith("RuntimeError: the loop broke\n")
+
+
 def test_a_host_that_is_not_there_is_one_line() -> None:
     result = run_serve("--host", "nowhere.invalid")
     assert result.returncode == 1
