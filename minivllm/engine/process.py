@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("minivllm.engine.process")  # __name__ is "__main__" here
 
+LAST_WORDS_MS = 5000
+"""How long the engine waits at its end for the parent to take what it has sent: the parent may be gone."""
+
 
 def main(directory: str) -> int:
     """Build an engine and serve it until the parent goes. Returns the exit code."""
@@ -42,6 +45,15 @@ def main(directory: str) -> int:
     configure_logging()
     spin_briefly()
     context = zmq.Context()
+    context.linger = LAST_WORDS_MS
+    try:
+        return _run(context, directory)
+    finally:
+        context.destroy()
+        shutil.rmtree(directory, ignore_errors=True)  # the parent would, but it may have been killed
+
+
+def _run(context: zmq.Context[zmq.Socket[bytes]], directory: str) -> int:
     requests = context.socket(zmq.PULL)
     requests.bind(f"ipc://{directory}/requests")
     events = context.socket(zmq.PUSH)
@@ -64,8 +76,7 @@ def main(directory: str) -> int:
     except MessageError as error:
         logger.error("%s", error)
         return 1
-    context.destroy(linger=0)
-    shutil.rmtree(directory, ignore_errors=True)  # the parent would, but it may have been killed
+    events.close(linger=0)  # nobody is left to hear of the last steps
     return 0
 
 

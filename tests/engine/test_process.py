@@ -245,6 +245,20 @@ def test_why_it_cannot_start(config: EngineConfig, settings: dict[str, object], 
         asyncio.run(start())
 
 
+def test_an_engine_whose_parent_dies_early_ends(tmp_path: Path) -> None:
+    """Before it has got a configuration: it doesn't wait for anybody to hear that it can't start."""
+    directory = tmp_path / "sockets"
+    directory.mkdir()
+    result = subprocess.run(
+        [sys.executable, "-m", "minivllm.engine.process", str(directory)],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert not directory.exists()
+
+
 PARENT = """
 import asyncio, sys
 from minivllm.config import EngineConfig
