@@ -205,9 +205,9 @@ class EngineClient:
         if not self._queues:
             self._last_sign = time.monotonic()
         self._queues[request_id] = queue
-        self._send(messages.AddRequest(request_id, prompt_token_ids, sampling, terms))
         is_finished = False
         try:
+            self._send(messages.AddRequest(request_id, prompt_token_ids, sampling, terms))
             while not is_finished:
                 event = await queue.get()
                 if isinstance(event, MinivllmError):

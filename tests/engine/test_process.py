@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zmq
 
 from minivllm.config import EngineConfig
 from minivllm.engine.client import EngineClient
@@ -212,6 +213,24 @@ def test_a_request_out_of_time_fails_and_frees_its_blocks(config: EngineConfig) 
                     pass
             await until(lambda: client.stats.num_used_blocks == 0)
             assert client.num_requests == 0
+
+    asyncio.run(run())
+
+
+def test_a_request_that_cannot_be_sent_is_not_waited_for(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(message: object) -> None:
+        raise zmq.ZMQError
+
+    async def run() -> None:
+        async with running(config) as client:
+            with monkeypatch.context() as patched:
+                patched.setattr(client, "_send", fail)
+                with pytest.raises(zmq.ZMQError):
+                    await tokens_of(client, "a", [5] * 20, SHORT)
+            assert client.num_requests == 0
+            assert len(await tokens_of(client, "b", [5] * 20, SHORT)) == SHORT.max_tokens
 
     asyncio.run(run())
 
