@@ -261,10 +261,15 @@ class EngineClient:
 
     async def _watch(self) -> None:
         stall_timeout = self._stall_timeout
+        interval = min(1.0, stall_timeout / 4)
         died = asyncio.create_task(self._process.wait())
         try:
             while not died.done():
-                await asyncio.wait({died}, timeout=min(1.0, stall_timeout / 4))
+                before = time.monotonic()
+                await asyncio.wait({died}, timeout=interval)
+                # While this process stood still itself (Ctrl-Z, docker pause), it could see no sign of life.
+                overslept = max(time.monotonic() - before - interval, 0.0)
+                self._last_sign = min(self._last_sign + overslept, time.monotonic())
                 if self._queues and time.monotonic() - self._last_sign > stall_timeout and self.is_alive:
                     self._kill(f"the engine process made no step for {stall_timeout:g} s while it had work")
         finally:

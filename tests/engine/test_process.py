@@ -235,6 +235,31 @@ def test_a_request_that_cannot_be_sent_is_not_waited_for(
     asyncio.run(run())
 
 
+def stand_still(seconds: float) -> None:
+    """With the whole event loop."""
+    time.sleep(seconds)
+
+
+def test_time_in_which_the_server_stands_still_is_no_stall(config: EngineConfig) -> None:
+    """Both processes are stopped, as by Ctrl-Z or ``docker pause``, for longer than the engine may hang."""
+
+    async def run() -> None:
+        client = await EngineClient.spawn()
+        try:
+            await client.start(config, stall_timeout=6.0)
+            tokens = asyncio.create_task(tokens_of(client, "a", [5] * 20, replace(LONG, max_tokens=2000)))
+            await until(lambda: client.stats.num_running > 0)
+            os.kill(process_id(client), signal.SIGSTOP)
+            await asyncio.sleep(0.5)  # what it has sent before arrives
+            stand_still(8)
+            os.kill(process_id(client), signal.SIGCONT)
+            assert len(await tokens) == 2000
+        finally:
+            await client.close()
+
+    asyncio.run(run())
+
+
 def test_closing_fails_what_runs(config: EngineConfig) -> None:
     async def close() -> None:
         async with running(config) as client:
