@@ -64,6 +64,7 @@ class EngineClient:
         self._requests.connect(f"ipc://{directory}/requests")
         self._queues: dict[str, asyncio.Queue[EngineEvent | MinivllmError]] = {}
         self._stats = EngineStats.of_nothing()
+        self._unfinished: set[str] = set()  # what the engine has got, and hasn't ended, read or not
         self._last_sign = 0.0  # when it made a step, or got work while it had none
         self._fault: str | None = None  # for which it was killed
         self._stall_timeout = 0.0
@@ -202,12 +203,13 @@ class EngineClient:
         if not self.is_alive:
             raise self.death
         queue: asyncio.Queue[EngineEvent | MinivllmError] = asyncio.Queue()
-        if not self._queues:
-            self._last_sign = time.monotonic()
         self._queues[request_id] = queue
         is_finished = False
         try:
             self._send(messages.AddRequest(request_id, prompt_token_ids, sampling, terms))
+            if not self._unfinished:
+                self._last_sign = time.monotonic()
+            self._unfinished.add(request_id)
             while not is_finished:
                 event = await queue.get()
                 if isinstance(event, MinivllmError):
@@ -254,7 +256,9 @@ class EngineClient:
                 if self.on_step is not None:
                     self.on_step(message)
                 for event in message.events:
-                    self.has_finished_any |= event.finish_reason is not None
+                    if event.finish_reason is not None:
+                        self.has_finished_any = True
+                        self._unfinished.discard(event.request_id)
                     # An aborted request's last events find nobody.
                     if event.request_id in self._queues:
                         self._queues[event.request_id].put_nowait(event)
@@ -270,7 +274,8 @@ class EngineClient:
                 # While this process stood still itself (Ctrl-Z, docker pause), it could see no sign of life.
                 overslept = max(time.monotonic() - before - interval, 0.0)
                 self._last_sign = min(self._last_sign + overslept, time.monotonic())
-                if self._queues and time.monotonic() - self._last_sign > stall_timeout and self.is_alive:
+                has_stalled = bool(self._unfinished) and time.monotonic() - self._last_sign > stall_timeout
+                if has_stalled and self.is_alive:
                     self._kill(f"the engine process made no step for {stall_timeout:g} s while it had work")
         finally:
             died.cancel()

@@ -44,10 +44,10 @@ def config(tmp_path: Path) -> EngineConfig:
 
 
 @asynccontextmanager
-async def running(config: EngineConfig) -> AsyncIterator[EngineClient]:
+async def running(config: EngineConfig, stall_timeout: float = 60.0) -> AsyncIterator[EngineClient]:
     client = await EngineClient.spawn()
     try:
-        await client.start(config, stall_timeout=60.0)
+        await client.start(config, stall_timeout=stall_timeout)
         yield client
     finally:
         await client.close()
@@ -244,9 +244,7 @@ def test_time_in_which_the_server_stands_still_is_no_stall(config: EngineConfig)
     """Both processes are stopped, as by Ctrl-Z or ``docker pause``, for longer than the engine may hang."""
 
     async def run() -> None:
-        client = await EngineClient.spawn()
-        try:
-            await client.start(config, stall_timeout=6.0)
+        async with running(config, stall_timeout=6.0) as client:
             tokens = asyncio.create_task(tokens_of(client, "a", [5] * 20, replace(LONG, max_tokens=2000)))
             await until(lambda: client.stats.num_running > 0)
             os.kill(process_id(client), signal.SIGSTOP)
@@ -254,8 +252,36 @@ def test_time_in_which_the_server_stands_still_is_no_stall(config: EngineConfig)
             stand_still(8)
             os.kill(process_id(client), signal.SIGCONT)
             assert len(await tokens) == 2000
-        finally:
-            await client.close()
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_nobody_reads_is_no_stall(config: EngineConfig) -> None:
+    """The engine has done its work; its client is the one who is slow."""
+
+    async def run() -> None:
+        async with running(config, stall_timeout=2.0) as client:
+            events = client.generate("a", [5] * 20, SHORT)
+            num_tokens = len((await anext(events)).new_token_ids)
+            await until(lambda: client.has_finished_any)
+            await asyncio.sleep(4)  # twice as long as it may do nothing while there is work
+            async for event in events:
+                num_tokens += len(event.new_token_ids)
+            assert num_tokens == SHORT.max_tokens
+            assert client.is_alive
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_hangs_is_killed_though_its_clients_have_left(config: EngineConfig) -> None:
+    async def run() -> None:
+        async with running(config, stall_timeout=2.0) as client:
+            os.kill(process_id(client), signal.SIGSTOP)
+            waiting = asyncio.create_task(tokens_of(client, "a", [5] * 20, SHORT))
+            await until(lambda: client.num_requests == 1)
+            waiting.cancel()
+            await until(lambda: not client.is_alive)
+            assert "no step for 2 s" in str(client.death)
 
     asyncio.run(run())
 
