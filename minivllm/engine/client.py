@@ -38,6 +38,7 @@ from minivllm.request import (
     Terms,
 )
 
+_DEADLINE_GRACE = 0.5  # seconds after which an engine that doesn't end a late request itself isn't waited for
 _LONGEST_SOCKET_DIRECTORY = 80  # a Unix socket's path has at most about 100 bytes
 
 
@@ -204,6 +205,11 @@ class EngineClient:
             raise self.death
         queue: asyncio.Queue[EngineEvent | MinivllmError] = asyncio.Queue()
         self._queues[request_id] = queue
+        late = DeadlineError("the request wasn't finished within the timeout that it gave")
+        timer: asyncio.TimerHandle | None = None
+        if terms.timeout is not None:  # the engine sees to it between its steps, but one may be long, or hang
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(terms.timeout + _DEADLINE_GRACE, queue.put_nowait, late)
         is_finished = False
         try:
             self._send(messages.AddRequest(request_id, prompt_token_ids, sampling, terms))
@@ -213,17 +219,18 @@ class EngineClient:
             while not is_finished:
                 event = await queue.get()
                 if isinstance(event, MinivllmError):
-                    is_finished = True
                     raise event
                 is_finished = event.finish_reason is not None
                 if event.finish_reason is FinishReason.TIMEOUT:
-                    raise DeadlineError("the request wasn't finished within the timeout that it gave")
+                    raise late
                 if event.is_refusal:
                     raise InvalidRequestError(event.error or "the engine refused the request")
                 if event.finish_reason is FinishReason.ERROR:
                     raise RequestFailedError(f"the engine failed on this request: {event.error}")
                 yield event
         finally:
+            if timer is not None:
+                timer.cancel()
             del self._queues[request_id]
             if not is_finished and self.is_alive:
                 self._send(messages.AbortRequest(request_id))

@@ -217,6 +217,21 @@ def test_a_request_out_of_time_fails_and_frees_its_blocks(config: EngineConfig) 
     asyncio.run(run())
 
 
+def test_a_request_out_of_time_does_not_wait_for_an_engine_that_hangs(config: EngineConfig) -> None:
+    async def run() -> None:
+        async with running(config) as client:
+            os.kill(process_id(client), signal.SIGSTOP)
+            with pytest.raises(DeadlineError):
+                async for _ in client.generate("late", [5] * 20, LONG, Terms(timeout=0.05)):
+                    pass
+            assert client.num_requests == 0
+            os.kill(process_id(client), signal.SIGCONT)
+            assert len(await tokens_of(client, "next", [5] * 20, SHORT)) == SHORT.max_tokens
+            assert client.stats.num_used_blocks == 0
+
+    asyncio.run(run())
+
+
 def test_a_request_that_cannot_be_sent_is_not_waited_for(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
