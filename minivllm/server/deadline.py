@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
-from minivllm.errors import InvalidRequestError
+from minivllm.errors import DeadlineError, InvalidRequestError
 
 HEADER = "X-Request-Timeout"
 LONGEST = 86400.0
@@ -40,3 +42,19 @@ class Deadline:
     def seconds_left(self) -> float | None:
         """At least 0; None without an end."""
         return None if math.isinf(self.moment) else max(self.moment - time.monotonic(), 0.0)
+
+    @contextlib.asynccontextmanager
+    async def holds(self) -> AsyncIterator[None]:
+        """What is awaited in here is given up when the moment comes. What runs in a thread goes on in it.
+
+        Raises:
+            DeadlineError: it came.
+        """
+        limit = asyncio.timeout(self.seconds_left())
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineError("the timeout that the request gave passed before the engine got it") from None

@@ -117,21 +117,22 @@ async def _generate(
             ]
         return make_samples(context, answer_id, prompts, sampling, body.default_max_tokens), sampling.n
 
-    try:
-        # In a thread: a long prompt or schema takes a while, and other clients' streams mustn't wait for it.
-        samples, samples_per_prompt = await asyncio.to_thread(make)
-    except InvalidRequestError as error:
-        error.param = body.given_name(error.param)
-        raise
-    num_prompt_tokens = sum(len(sample.prompt_token_ids) for sample in samples[::samples_per_prompt])
-    ticket.bring_prompts(num_prompt_tokens)
-    ticket.check_deadline(deadline.seconds_left())
-    if context.rate_limit is not None:
-        num_tokens = num_prompt_tokens + sum(sample.sampling.max_tokens or 0 for sample in samples)
-        ticket.num_taken_tokens = context.rate_limit.take(ticket.owner, num_tokens)
-    grammar = samples[0].sampling.grammar
-    if grammar is not None:
-        await check_grammar(context.grammars, grammar)
+    async with deadline.holds():
+        try:
+            # In a thread: a long prompt or schema takes a while, and other clients' streams mustn't wait.
+            samples, samples_per_prompt = await asyncio.to_thread(make)
+        except InvalidRequestError as error:
+            error.param = body.given_name(error.param)
+            raise
+        num_prompt_tokens = sum(len(sample.prompt_token_ids) for sample in samples[::samples_per_prompt])
+        ticket.bring_prompts(num_prompt_tokens)
+        ticket.check_deadline(deadline.seconds_left())
+        if context.rate_limit is not None:
+            num_tokens = num_prompt_tokens + sum(sample.sampling.max_tokens or 0 for sample in samples)
+            ticket.num_taken_tokens = context.rate_limit.take(ticket.owner, num_tokens)
+        grammar = samples[0].sampling.grammar
+        if grammar is not None:
+            await check_grammar(context.grammars, grammar)
     record.max_tokens = samples[0].sampling.max_tokens
     terms = Terms(body.priority, ticket.owner, deadline.seconds_left(), given_id)
     answer = Answer(context, body, answer_id, wording, samples, samples_per_prompt, record, ticket, terms)

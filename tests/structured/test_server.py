@@ -255,6 +255,18 @@ def test_the_process_may_die(server: RunningServer, checker: GrammarChecker) -> 
     assert chat(server, structured_outputs={"choice": ["two"]}).status_code == 200
 
 
+def test_a_timeout_holds_while_a_grammar_is_tried(server: RunningServer, checker: GrammarChecker) -> None:
+    assert chat(server, structured_outputs={"choice": ["one"]}).status_code == 200
+    assert checker._worker is not None
+    pid = checker._worker._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    late = chat(server, structured_outputs={"choice": ["three"]}, timeout=0.05)
+    os.kill(pid, signal.SIGCONT)
+    assert late.status_code == 504
+    assert late.json()["error"]["code"] == "deadline_exceeded"
+    assert chat(server, structured_outputs={"choice": ["three"]}).status_code == 200
+
+
 @pytest.mark.parametrize("body", ["while True: pass", "os.kill(os.getpid(), 11)", "bytearray(2**40)"])
 def test_a_trial_is_ended_from_outside(body: str) -> None:
     """Whatever it does: without end, a crash, more memory than there is."""
