@@ -47,12 +47,13 @@ class GrammarChecker:
 
         Raises:
             InvalidRequestError: it can't, and why; ``param`` names the field that it came in.
-            RequestFailedError: the process died.
+            RequestFailedError: nobody knows: the process died, or took too long. Another try may tell.
         """
         key = hashlib.sha256(grammar.encode()).digest()
         verdict = self._verdicts.get(key)
         if verdict is None or verdict.cancelled() or (verdict.done() and verdict.exception() is not None):
             verdict = self._verdicts[key] = asyncio.create_task(self._try(grammar))
+            verdict.add_done_callback(_take_note)
             if len(self._verdicts) > _NUM_REMEMBERED:
                 self._verdicts.popitem(last=False)
         self._verdicts.move_to_end(key)
@@ -70,16 +71,25 @@ class GrammarChecker:
 
     async def _try(self, grammar: str) -> str | None:
         async with self._trials:
-            answer = await asyncio.to_thread(self._submit, grammar)
             try:
-                return await asyncio.wait_for(asyncio.wrap_future(answer), 2 * MAX_SECONDS)
+                return await asyncio.wait_for(self._ask(grammar), 2 * MAX_SECONDS)
             except TimeoutError:
-                return "the grammar is too complex: trying it takes too long"
+                # It ends each trial in time, so it stands still itself. Who else waits for it fails with it.
+                if self._worker is not None:
+                    self._worker.kill()
+                raise RequestFailedError(
+                    f"the grammar couldn't be tried within {2 * MAX_SECONDS} s; try again"
+                ) from None
+
+    async def _ask(self, grammar: str) -> str | None:
+        # In a thread, which waits for as long as a process that stands still leaves its pipe full.
+        return await asyncio.wrap_future(await asyncio.to_thread(self._submit, grammar))
 
     def _submit(self, grammar: str) -> Future[str | None]:
         with self._worker_lock:
             if self._worker is None or not self._worker.is_alive:
-                self._worker = _Worker(self._table())
+                self._worker = _Worker()
+                self._worker.send(self._table())
             return self._worker.submit(grammar)
 
     def _table(self) -> Table:
@@ -88,10 +98,16 @@ class GrammarChecker:
         return Table(tokens, special)
 
 
-class _Worker:
-    """The process, with a thread that reads what it says."""
+def _take_note(verdict: asyncio.Task[str | None]) -> None:
+    """Of an error, too, for which nobody may wait any more: asyncio would log it."""
+    if not verdict.cancelled():
+        verdict.exception()
 
-    def __init__(self, table: Table) -> None:
+
+class _Worker:
+    """The process, with a thread that reads what it says. Its :class:`Table` must be sent first."""
+
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "minivllm.server.grammar_worker"],
             stdin=subprocess.PIPE,
@@ -102,7 +118,6 @@ class _Worker:
         )
         self._ids = itertools.count()
         self._waiting: dict[int, Future[str | None]] = {}
-        self._send(table)
         self._reader = threading.Thread(target=self._read, name="grammar-verdicts", daemon=True)
         self._reader.start()
 
@@ -114,8 +129,12 @@ class _Worker:
         """One caller at a time."""
         trial_id, answer = next(self._ids), Future[str | None]()
         self._waiting[trial_id] = answer
-        self._send(Trial(trial_id, grammar))
+        self.send(Trial(trial_id, grammar))
         return answer
+
+    def kill(self) -> None:
+        """End it from any thread. What it was trying fails."""
+        self._process.kill()
 
     def close(self) -> None:
         if self._process.stdin is not None:
@@ -126,7 +145,8 @@ class _Worker:
         if self._process.stdout is not None:
             self._process.stdout.close()
 
-    def _send(self, message: Table | Trial) -> None:
+    def send(self, message: Table | Trial) -> None:
+        """One caller at a time. Waits while the process takes nothing; :meth:`kill` ends that."""
         frame = msgspec.msgpack.encode(message)
         if self._process.stdin is not None:
             try:
@@ -139,12 +159,18 @@ class _Worker:
         for line in self._process.stdout or ():
             verdict = msgspec.json.decode(line, type=Verdict)
             answer = self._waiting.pop(verdict.id, None)
-            if answer is not None and not answer.done():
+            if answer is None or answer.done():
+                continue
+            if verdict.is_cut_short:
+                answer.set_exception(
+                    RequestFailedError("the grammar's trial was cut short by a busy machine; try again")
+                )
+            else:
                 answer.set_result(verdict.error)
         self._fail_all()
 
     def _fail_all(self) -> None:
-        while self._waiting:
-            _, answer = self._waiting.popitem()
-            if not answer.done():
-                answer.set_exception(RequestFailedError("the process that checks grammars died"))
+        for trial_id in list(self._waiting):
+            answer = self._waiting.pop(trial_id, None)  # the other thread may fail them, too
+            if answer is not None and not answer.done():
+                answer.set_exception(RequestFailedError("the process that checks grammars died; try again"))

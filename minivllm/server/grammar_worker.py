@@ -30,6 +30,7 @@ MAX_CPU_SECONDS = 1.0
 """Of one child; what it does takes milliseconds as a rule."""
 MAX_SECONDS = 20
 """By the clock, of one child on a machine that is busy with other things."""
+_SIGNALS_FROM_OUTSIDE = (signal.SIGALRM, signal.SIGKILL)  # the machine was busy, or short of memory
 _MAX_BYTES = 2**31
 _STACK_SIZE = 2**23  # the engine's threads have several times as much: what passes here can't overflow there
 
@@ -53,6 +54,8 @@ class Verdict(msgspec.Struct):
 
     id: int
     error: str | None
+    is_cut_short: bool = False
+    """Whether the trial was ended for what isn't the grammar's fault: nothing is known of it."""
 
 
 def main() -> None:
@@ -73,7 +76,9 @@ def main() -> None:
             if pid == 0:
                 return
             trial_id = running.pop(pid)
-            if status != 0:
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) in _SIGNALS_FROM_OUTSIDE:
+                _write(Verdict(trial_id, None, is_cut_short=True))
+            elif status != 0:
                 _write(
                     Verdict(trial_id, "the grammar is too complex: it can't be compiled within the limits")
                 )

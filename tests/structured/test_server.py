@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from minivllm.config import ServerConfig
+from minivllm.server import grammar_check
 from minivllm.server.app import create_app
 from minivllm.server.context import ServerState
 from minivllm.server.grammar_check import GrammarChecker
@@ -267,9 +268,39 @@ def test_a_timeout_holds_while_a_grammar_is_tried(server: RunningServer, checker
     assert chat(server, structured_outputs={"choice": ["three"]}).status_code == 200
 
 
-@pytest.mark.parametrize("body", ["while True: pass", "os.kill(os.getpid(), 11)", "bytearray(2**40)"])
-def test_a_trial_is_ended_from_outside(body: str) -> None:
-    """Whatever it does: without end, a crash, more memory than there is."""
+@pytest.mark.parametrize("length", [1, 200_000], ids=["small", "larger than the pipe"])
+def test_a_process_that_stands_still_is_no_verdict(
+    server: RunningServer, checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Another takes its place, and the same grammar is tried again."""
+    assert chat(server, structured_outputs={"choice": ["one"]}).status_code == 200
+    assert checker._worker is not None
+    process = checker._worker._process
+    os.kill(process.pid, signal.SIGSTOP)
+    text = f"{length}" + "x" * length
+    with monkeypatch.context() as patched:
+        patched.setattr(grammar_check, "MAX_SECONDS", 0.1)
+        answer = chat(server, structured_outputs={"grammar": f'start: "a" // {text}'})
+    assert answer.status_code == 500
+    assert "try again" in answer.json()["error"]["message"]
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert chat(server, structured_outputs={"grammar": f'start: "a" // {text}'}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "is_verdict"),
+    [
+        ("while True: pass", True),
+        ("os.kill(os.getpid(), 11)", True),
+        ("bytearray(2**40)", True),
+        ("worker.signal.alarm(1); worker.signal.pause()", False),
+        ("os.kill(os.getpid(), 9)", False),
+    ],
+)
+def test_a_trial_is_ended_from_outside(body: str, is_verdict: bool) -> None:
+    """Whatever it does: without end, a crash, more memory than there is. Where the machine is too busy, or
+    has too little memory itself, nothing is known of the grammar.
+    """
     code = (
         "import os, minivllm.server.grammar_worker as worker\n"
         "worker.MAX_CPU_SECONDS = 0.2\n"
@@ -297,11 +328,12 @@ def test_a_trial_is_ended_from_outside(body: str) -> None:
             process.stdin.write(len(frame).to_bytes(4, "little") + frame)
         process.stdin.flush()
         verdicts = {
-            verdict.id: verdict.error
+            verdict.id: verdict
             for verdict in (msgspec.json.decode(process.stdout.readline(), type=Verdict) for _ in range(3))
         }
         process.stdin.close()
         assert process.wait(timeout=30) == 0
-    assert "too complex" in str(verdicts[1])
-    assert verdicts[2] is None
-    assert "bad" in str(verdicts[3])
+    assert verdicts[1].is_cut_short != is_verdict
+    assert ("too complex" in str(verdicts[1].error)) == is_verdict
+    assert verdicts[2] == Verdict(2, None)
+    assert "bad" in str(verdicts[3].error)
