@@ -155,13 +155,14 @@ class SupervisedEngine:
             try:
                 self._client = await EngineClient.spawn()
                 await self._client.start(config, stall_timeout=stall_timeout, start_timeout=start_timeout)
-            except StartupError as error:
+            except Exception as error:  # whatever it is: nobody else would try again
                 self.num_failures += 1
                 await self._client.close()  # the one before once more, where none came in its place
                 logger.error(
                     "the engine can't be started again: %s; next try in %g s",
                     error,
                     _delay(self.num_failures),
+                    exc_info=not isinstance(error, StartupError),
                 )
             else:
                 self.num_restarts += 1

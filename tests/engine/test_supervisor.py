@@ -18,6 +18,7 @@ import zmq
 
 from minivllm.config import EngineConfig
 from minivllm.engine import supervisor
+from minivllm.engine.client import EngineClient
 from minivllm.engine.messages import StepEvents
 from minivllm.engine.supervisor import HOPELESS_AFTER, SupervisedEngine
 from minivllm.errors import EngineDeadError, EngineRestartingError, ShuttingDownError
@@ -258,6 +259,28 @@ def test_a_system_without_room_for_a_process_is_waited_for(
             assert await tokens_of(engine, "a", SHORT) == expected
 
     asyncio.run(run())
+
+
+def test_what_nobody_foresaw_is_a_failed_try(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "_delay", lambda num_failures: 0.01)
+
+    async def fail() -> EngineClient:
+        raise RuntimeError("can't start new thread")
+
+    async def run() -> None:
+        async with supervised(config) as engine:
+            with monkeypatch.context() as patched:
+                patched.setattr(EngineClient, "spawn", fail)
+                os.kill(pid_of(engine), signal.SIGKILL)
+                await until(lambda: engine.is_hopeless)
+            await until(lambda: engine.is_alive)
+            assert len(await tokens_of(engine, "a", SHORT)) == SHORT.max_tokens
+
+    asyncio.run(run())
+    assert "can't be started again: can't start new thread" in caplog.text
+    assert "Traceback" in caplog.text
 
 
 def test_an_engine_of_another_version_is_replaced(config: EngineConfig) -> None:
