@@ -30,6 +30,14 @@ def llm() -> LLM:
     return LLM(device="cpu", quantization="none", kv_cache_memory=100 * 2**20, max_model_len=1024)
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """As in a terminal: a suite that runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_stays_behind(llm: LLM) -> Iterator[None]:
     yield
@@ -104,6 +112,7 @@ def test_streaming_and_leaving_early(llm: LLM) -> None:
     assert text == whole[0].outputs[0].text
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_ctrl_c_in_the_middle_of_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that it hasn't written aren't shared with who asks the same again, and nobody else fails."""
     prompt = [int(token_id) for token_id in torch.randint(100, 40_000, (100,))]
@@ -130,6 +139,7 @@ def test_ctrl_c_in_the_middle_of_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatc
     assert whole.outputs[0].text.endswith(text)
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_ctrl_c_while_a_request_is_added(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     add = llm.engine.add
 
