@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("minivllm.serve")  # __name__ may be "__main__" here
 
+LAST_READ_SECONDS = 5
+"""So long clients have to read what has been answered, when the server ends."""
+
 
 def main(argv: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C. Returns the exit code."""
@@ -162,7 +165,7 @@ async def _serve(
                 recent_steps=recent_steps,
             )
             # After 5 s the answers are complete, or have failed: only slow readers are waited for.
-            http = _HttpServer(uvicorn_config(app, server_config, timeout_graceful_shutdown=5))
+            http = _HttpServer(uvicorn_config(app, server_config, 2 * LAST_READ_SECONDS))
             # What start-up made stays: no collection walks over it while streams wait, and what requests
             # leave behind is collected soon, not when it has come to a quarter of all that.
             gc.freeze()
@@ -286,6 +289,17 @@ class _HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.is_listening.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(LAST_READ_SECONDS, self._cut_off)
+        await super().shutdown(sockets)
+
+    def _cut_off(self) -> None:
+        """Close the connections of clients that don't read. Their requests end as if they had left."""
+        if connections := list(self.server_state.connections):
+            logger.warning("%d clients didn't read their answers and are cut off", len(connections))
+        for connection in connections:
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

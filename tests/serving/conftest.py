@@ -65,6 +65,18 @@ def serving(*flags: str, python: tuple[str, ...] = ()) -> Iterator[Server]:
         process.wait(timeout=60)
 
 
+def run_patched(patch: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """``minivllm serve`` after ``patch`` has been executed with ``serve``, its module."""
+    script = f"import sys; from minivllm import cli, serve\n{patch}\nsys.exit(cli.run('serve', sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", script, "--port", "0", *flags],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
 @pytest.fixture(scope="session")
 def embedded_server() -> Iterator[Server]:
     """The embedded model served with default flags, once for all tests that don't change it."""

@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.server.fakes import make_tokenizer
-from tests.serving.conftest import Server, serving
+from tests.serving.conftest import Server, run_patched, serving
 from tests.serving.test_lifecycle import COMPLETION, Streamed, engine_process, run_serve
 from tests.tiny_model import CONFIG, write_tiny_model
 from tests.weights.tiny_models import save_tiny_llama
@@ -85,24 +85,10 @@ def start_serve(*flags: str, stderr: object) -> subprocess.Popen[bytes]:
 
 def test_no_room_for_sockets_is_one_line(tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", None)
-    result = run_serve_without_temporary_files(*tiny)
+    result = run_patched("import tempfile; tempfile.tempdir = '/nowhere'", *tiny)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "can't make a folder for the engine's sockets" in result.stderr.splitlines()[-1]
-
-
-def run_serve_without_temporary_files(*flags: str) -> subprocess.CompletedProcess[str]:
-    script = (
-        "import sys, tempfile; tempfile.tempdir = '/nowhere'; from minivllm.cli import run; "
-        "sys.exit(run('serve', sys.argv[1:]))"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", script, "--port", "0", *flags],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 def truncate(folder: Path) -> None:

@@ -20,7 +20,7 @@ from minivllm.config import ServerConfig
 from minivllm.serve import _bind, _drain
 from minivllm.server.admission import WaitingRoom
 from tests.conftest import wait_until
-from tests.serving.conftest import EMBEDDED_MODEL, Server, serving
+from tests.serving.conftest import EMBEDDED_MODEL, Server, run_patched, serving
 from tests.tiny_model import write_tiny_model
 
 COMPLETION = {"prompt": [5, 6, 7], "temperature": 0, "ignore_eos": True}
@@ -97,6 +97,20 @@ def test_a_drain_waits_for_who_has_arrived(ends_in_time: bool) -> None:
         assert engine.is_closed == (not ends_in_time)
 
     asyncio.run(stop())
+
+
+def test_a_client_that_does_not_read_is_cut_off_in_a_line(tiny: tuple[str, ...]) -> None:
+    with serving(*tiny, "--shutdown-timeout", "0") as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", httpx.URL(server.url).port))
+        body = json.dumps({**COMPLETION, "max_tokens": 4000, "stream": True, "logprobs": 20}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: server.health()["num_running"])
+        wait_until(lambda: not server.health()["num_running"])
+        assert server.stop() == 0
+    assert [line for line in server.log if "1 clients didn't read their answers" in line]
+    assert not [line for line in server.log if "Traceback" in line]
 
 
 def test_shutdown_timeout_ends_what_is_left(tiny: tuple[str, ...]) -> None:
@@ -203,18 +217,6 @@ def test_a_taken_port_is_one_line() -> None:
     assert len(result.stderr.splitlines()) == 1
     assert str(port) in result.stderr
     assert "--port" in result.stderr
-
-
-def run_patched(patch: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """``minivllm serve`` after ``patch`` has been executed with ``serve``, its module."""
-    script = f"import sys; from minivllm import cli, serve\n{patch}\nsys.exit(cli.run('serve', sys.argv[1:]))"
-    return subprocess.run(
-        [sys.executable, "-c", script, "--port", "0", *flags],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 RIVAL = """
