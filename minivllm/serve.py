@@ -164,7 +164,8 @@ async def _serve(
                 on_request_end=observers,
                 recent_steps=recent_steps,
             )
-            # After 5 s the answers are complete, or have failed: only slow readers are waited for.
+            # The answers are complete by then, or have failed: only slow readers are waited for, who are cut
+            # off before uvicorn would cancel their requests.
             http = _HttpServer(uvicorn_config(app, server_config, 2 * LAST_READ_SECONDS))
             # What start-up made stays: no collection walks over it while streams wait, and what requests
             # leave behind is collected soon, not when it has come to a quarter of all that.

@@ -277,6 +277,7 @@ def choose_tile(
         keys = max(16, min(64, 8192 // padded_dim // (2 if is_float32 else 1)))
     else:
         rows = max(128 if padded_dim <= 128 else 64, triton.next_power_of_2(group))
+        # Where products are from registers, converted keys and values take some, too.
         is_tight = capability >= (12, 0) or (cache_dtype != dtype and not is_roomy)
         needs_room = padded_dim > (64 if is_tight else 128)
         keys = 32 if needs_room else 64

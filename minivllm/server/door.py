@@ -15,11 +15,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minivllm.config import ServerConfig, format_size
-from minivllm.errors import HeadersTooLargeError, InvalidRequestError
+from minivllm.errors import HeadersTooLargeError
 from minivllm.server.admission import AdmissionMiddleware, WaitingRoom
 from minivllm.server.auth import ApiKeyMiddleware
 from minivllm.server.body import BodyLimitMiddleware
-from minivllm.server.errors import error_response
+from minivllm.server.errors import error_response, unknown_route
 from minivllm.server.keys import ApiKeys
 from minivllm.server.rate_limit import TokenRateLimit
 from minivllm.server.record import OnRequestEnd, RecordMiddleware, record_of
@@ -96,7 +96,7 @@ class PathMiddleware:
         if scope["type"] != "http" or re.search(r"[\x00-\x1f\x7f]", scope["path"]) is None:
             await self.app(scope, receive, send)
             return
-        error = InvalidRequestError(f"unknown route {scope['method']} {scope['path']}")
+        error = unknown_route(scope)
         record_of(scope).note_error(error)
         await error_response(error, status_code=404)(scope, receive, send)
 

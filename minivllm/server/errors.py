@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from minivllm.errors import InvalidRequestError, MinivllmError
 from minivllm.server.record import record_of
@@ -65,6 +66,11 @@ def error_response(error: Exception, *, status_code: int | None = None) -> JSONR
     return JSONResponse(envelope(error), status_code=status_code or own_status, headers=headers)
 
 
+def unknown_route(scope: Scope) -> InvalidRequestError:
+    """For a path that leads nowhere, with the status 404."""
+    return InvalidRequestError(f"unknown route {scope['method']} {scope['path']}")
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Make every error of ``app`` an envelope."""
 
@@ -79,12 +85,11 @@ def add_error_handlers(app: FastAPI) -> None:
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         # Not request.url: that is put together from the Host header, which is the client's.
-        message, path = error.detail, request.scope["path"]
+        refusal = InvalidRequestError(error.detail)
         if error.status_code == 404:
-            message = f"unknown route {request.method} {path}"
+            refusal = unknown_route(request.scope)
         if error.status_code == 405:
-            message = f"{path} does not take {request.method}"
-        refusal = InvalidRequestError(message)
+            refusal = InvalidRequestError(f"{request.scope['path']} does not take {request.method}")
         record_of(request.scope).note_error(refusal)
         return JSONResponse(envelope(refusal), status_code=error.status_code, headers=error.headers)
 
